@@ -1,0 +1,315 @@
+"""What a run is made of: frozen dataclasses, checked when they are built, JSON both ways.
+
+Every field is also a command-line flag: `TrainConfig.data.batch_size` is `--data.batch-size`, and the
+sentence under a field is its `--help`. A recipe (`recipes.py`) is a complete `TrainConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+Strategy = Literal["auto", "single", "pmap", "mesh"]
+AttentionName = Literal["auto", "reference", "blocked"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT as published (Radford et al. 2019): pre-norm blocks, learned positions, tanh-GELU, tied head."""
+
+    vocab_size: int | None = None
+    """V, rows of the token embedding (default: as many as the tokenizer has)"""
+    context: int = 1024
+    """longest sequence the model can see, in tokens"""
+    layers: int = 12
+    """L, number of blocks"""
+    heads: int = 12
+    """N, attention heads a block"""
+    width: int = 768
+    """D, width of the residual stream"""
+    hidden: int | None = None
+    """F, width inside the feed-forward layer (default: 4 x width)"""
+    dropout: float = 0.0
+    """share of activations zeroed in training: embeddings, attention weights, residual branches"""
+    bias: bool = True
+    """biases in the dense layers and the layer norms"""
+    tied_head: bool = True
+    """the output head is the token embedding (Press and Wolf 2017)"""
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    """positional encoding: a trained table, or the sinusoids of Vaswani et al. 2017"""
+    norm_epsilon: float = 1e-5
+    """added to the variance in every layer norm"""
+    init_std: float = 0.02
+    """standard deviation of the initial weights; residual projections get init_std / sqrt(2 L)"""
+    parameter_dtype: Dtype = "float32"
+    """what the parameters are stored in"""
+    compute_dtype: Dtype = "float32"
+    """what the layers compute in; losses are always at least float32"""
+    attention: AttentionName = "auto"
+    """form of causal attention: the full score matrix, blocks of queries, or the faster for the length"""
+    remat: bool = False
+    """recompute each block in the backward pass: less memory, about a third more time"""
+    unroll: int | None = None
+    """blocks unrolled in the scan over layers (default: all on CPU up to 12 layers, else 1)"""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "layers", "heads", "width"):
+            require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("vocab_size", "hidden", "unroll"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.{name} is {value}; it must be at least 1")
+        require(
+            self.width % self.heads == 0,
+            f"model.heads is {self.heads}, which does not divide model.width {self.width}",
+        )
+        require(
+            self.positions == "learned" or self.width % 2 == 0,
+            f"model.width is {self.width}; sinusoidal positions need an even width",
+        )
+        require(0.0 <= self.dropout < 1.0, f"model.dropout is {self.dropout}; it must be in [0, 1)")
+        require(self.norm_epsilon > 0, f"model.norm-epsilon is {self.norm_epsilon}; it must be positive")
+        require(self.init_std > 0, f"model.init-std is {self.init_std}; it must be positive")
+
+    @property
+    def head_width(self) -> int:
+        """H, width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def hidden_width(self) -> int:
+        """F, width inside the feed-forward layer."""
+        return self.hidden if self.hidden is not None else 4 * self.width
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from, how it becomes tokens, and how many make a batch."""
+
+    path: tuple[str, ...] = ()
+    """text files, folders, .jsonl files, or - for standard input (default: the Python standard library's source)"""
+    text_field: str = "text"
+    """the field of a .jsonl line that holds the text"""
+    tokenizer: str = "bpe"
+    """byte, character, bpe (trained on the data), or the path of a tokenizer.json or of a folder that has one"""
+    vocab_size: int = 4096
+    """tokens of a BPE that is trained on the data"""
+    unknown: Literal["error", "token"] = "error"
+    """a character outside a character vocabulary: an error that names it, or an unknown token"""
+    held_out: float = 0.1
+    """share of the text kept for evaluation: whole documents, or the end of a single text"""
+    batch_size: int = 12
+    """global batch of one step, in sequences, whatever the number of devices"""
+    sequence_length: int | None = None
+    """tokens of one training sequence (default: the model's context)"""
+    cache: str | None = None
+    """folder for tokenised text (default: jaxgpt/tokens in the user's cache folder)"""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"data.batch-size is {self.batch_size}; it must be at least 1")
+        require(0.0 < self.held_out < 1.0, f"data.held-out is {self.held_out}; it must be between 0 and 1")
+        require(
+            self.vocab_size >= 257,
+            f"data.vocab-size is {self.vocab_size}; a byte-level BPE has at least 257 tokens (256 bytes and end-of-text)",
+        )
+        length = self.sequence_length
+        require(length is None or length >= 1, f"data.sequence-length is {length}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Clip by global norm, AdamW (or Muon for matrices), warm up, decay."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the blocks' matrices and adamw for the rest"""
+    learning_rate: float = 1e-3
+    """peak learning rate of AdamW"""
+    final_learning_rate: float = 1e-4
+    """learning rate at the last step (cosine, linear, wsd)"""
+    muon_learning_rate: float = 0.02
+    """peak learning rate of Muon's matrices; follows the same schedule"""
+    schedule: Literal["cosine", "linear", "inverse-sqrt", "wsd", "constant"] = "cosine"
+    """what follows the linear warm-up"""
+    warmup_steps: int = 100
+    """steps from zero to the peak"""
+    decay_share: float = 0.2
+    """wsd: the share of the run, at its end, in which the rate falls"""
+    beta1: float = 0.9
+    """decay of the first moment"""
+    beta2: float = 0.99
+    """decay of the second moment"""
+    epsilon: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """decoupled decay, on matrices only"""
+    clip_norm: float | None = 1.0
+    """largest global norm of the gradient (None: no clipping)"""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "muon_learning_rate", "epsilon"):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name.replace('_', '-')} is {value}; it must be positive")
+        for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name.replace('_', '-')} is {value}; it must not be negative")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} is {value}; it must be in [0, 1)")
+        require(0 < self.decay_share <= 1, f"optimizer.decay-share is {self.decay_share}; it must be in (0, 1]")
+        norm = self.clip_norm
+        require(norm is None or norm > 0, f"optimizer.clip-norm is {norm}; it must be positive, or None")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one step is spread over devices. It changes how long a step takes, not what it computes."""
+
+    strategy: Strategy = "auto"
+    """single: one device; pmap: data-parallel jax.pmap; mesh: jit over a mesh; auto: pmap if several devices"""
+    devices: int | None = None
+    """how many local devices (default: all that divide the batch)"""
+    gradient_accumulation: int = 1
+    """micro-batches a device computes one after another for one step"""
+
+    def __post_init__(self) -> None:
+        require(self.devices is None or self.devices >= 1, f"parallel.devices is {self.devices}; it must be at least 1")
+        steps = self.gradient_accumulation
+        require(steps >= 1, f"parallel.gradient-accumulation is {steps}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    steps: int = 2000
+    """optimiser steps"""
+    seed: int = 1337
+    """initial weights, data order and dropout all follow from it"""
+    out: str | None = None
+    """the run folder (default: a new folder under runs/, named after the recipe)"""
+    resume: Literal["never", "latest"] = "never"
+    """latest: go on from the newest checkpoint in the run folder, or start if there is none"""
+    max_seconds: float | None = None
+    """end by the clock: the schedule follows the share of this budget used, so the run still ends annealed"""
+    eval_interval: int = 250
+    """steps between evaluations of the whole held-out split"""
+    checkpoint_interval: int | None = None
+    """steps between checkpoints (default: at every evaluation)"""
+    log_interval: int = 10
+    """steps between lines of metrics.jsonl; the first 20 steps are all logged"""
+    quiet: bool = False
+    """print nothing but errors"""
+    tensorboard: bool = False
+    """write TensorBoard events into the run folder too (needs the extra 'tensorboard')"""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"steps is {self.steps}; it must be at least 1")
+        require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2**31)")
+        for name in ("eval_interval", "checkpoint_interval", "log_interval"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        seconds = self.max_seconds
+        require(seconds is None or seconds > 0, f"max-seconds is {seconds}; it must be positive")
+        require(
+            self.sequence_length <= self.model.context,
+            f"data.sequence-length is {self.data.sequence_length}, longer than model.context {self.model.context}",
+        )
+
+    @property
+    def sequence_length(self) -> int:
+        """T, tokens of one training sequence."""
+        return self.data.sequence_length or self.model.context
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one global batch."""
+        return self.data.batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen from the logits."""
+
+    temperature: float = 0.8
+    """divides the logits; 0 takes the most likely token"""
+    top_k: int | None = None
+    """sample among the k most likely tokens only"""
+    seed: int = 0
+    """the same seed gives the same text"""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
+        require(self.top_k is None or self.top_k >= 1, f"top-k is {self.top_k}; it must be at least 1")
+
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain JSON values, nested as the dataclasses are."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build `kind` from what `to_dict` returned.
+
+    Raises:
+        ValueError: a key that `kind` does not have, or a value of the wrong type; the key is named.
+    """
+    hints = typing.get_type_hints(kind)
+    if not isinstance(values, dict):
+        raise ValueError(f"{where.rstrip('.') or 'the config'} holds {values!r}; it must be an object with keys")
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise ValueError(f"unknown key {where}{unknown[0]}{suggestion(unknown[0], hints)}")
+    return kind(**{key: _convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check one JSON value against one annotation; lists become tuples, objects become dataclasses."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        fits = isinstance(value, (list, tuple)) and all(isinstance(item, arguments[0]) for item in value)
+        if fits:
+            return tuple(value)
+    elif origin is Literal:
+        fits = value in arguments
+    else:
+        allowed = arguments if origin in (types.UnionType, typing.Union) else (hint,)
+        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        fits = isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
+    require(fits, f"{where} is {value!r}, which is not of the type it should have")
+    return value
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return `{"data.batch-size": 12, ...}`: every leaf of a config under its command-line name."""
+    leaves: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        name, value = prefix + item.name.replace("_", "-"), getattr(config, item.name)
+        leaves |= flatten(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+    return leaves
+
+
+def suggestion(wrong: str, known: typing.Iterable[str]) -> str:
+    """Return `; did you mean X?` for the known name nearest to `wrong`, or the list of those there are."""
+    names = list(known)
+    close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
