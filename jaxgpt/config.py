@@ -211,6 +211,8 @@ class TrainConfig:
     """steps between checkpoints (default: at every evaluation)"""
     log_interval: int = 10
     """steps between lines of metrics.jsonl; the first 20 steps are all logged"""
+    sample_tokens: int = 256
+    """tokens of the sample at the end; 0 for none"""
     quiet: bool = False
     """print nothing but errors"""
     tensorboard: bool = False
@@ -222,6 +224,7 @@ class TrainConfig:
         for name in ("eval_interval", "checkpoint_interval", "log_interval"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        require(self.sample_tokens >= 0, f"sample-tokens is {self.sample_tokens}; it must not be negative")
         seconds = self.max_seconds
         require(seconds is None or seconds > 0, f"max-seconds is {seconds}; it must be positive")
         require(

@@ -1,0 +1,35 @@
+"""jaxgpt: Transformers and GPTs as pure functions in JAX and Flax.
+
+The public names below are imported when they are first used, so that `import jaxgpt` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from jaxgpt.environment import prepare_backend
+
+_HOMES = {
+    "DataConfig": "config",
+    "GPTConfig": "config",
+    "OptimizerConfig": "config",
+    "ParallelConfig": "config",
+    "SamplingConfig": "config",
+    "TrainConfig": "config",
+    "GPT": "models.gpt",
+    "LanguageModel": "api",
+    "load": "api",
+    "train": "api",
+    "recipe": "recipes",
+}
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__version__ = "0.1.0"
+
+prepare_backend()  # the one import-time side effect: XLA reads its flags only once
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxgpt.{_HOMES[name]}"), name)

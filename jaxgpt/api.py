@@ -1,0 +1,246 @@
+"""The public face: train a model, load it, let it write. Config, parameters and tokenizer held together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from jaxgpt.config import GPTConfig, SamplingConfig, TrainConfig, flatten, from_dict, to_dict
+from jaxgpt.data.shards import TokenizedText, prepare
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from jaxgpt.environment import use_compilation_cache
+from jaxgpt.generation.decode import Decoder
+from jaxgpt.models.gpt import Parameters, init_cache, init_parameters, next_token_logits
+from jaxgpt.storage.checkpoint import Checkpoints
+from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path, write_atomically
+from jaxgpt.tasks.lm import LanguageModelling
+from jaxgpt.training import loop, metrics
+from jaxgpt.training.parallel import Layout, choose_layout
+from jaxgpt.training.report import Reporter, describe_evaluation
+
+RUNS = Path("runs")
+# What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
+FREE_ON_RESUME = frozenset(
+    "steps max-seconds out resume quiet tensorboard eval-interval checkpoint-interval log-interval sample-tokens "
+    "data.path data.cache parallel.strategy parallel.devices parallel.gradient-accumulation".split()
+)
+
+
+def run_path(config: TrainConfig, recipe: str) -> Path:
+    """The folder a run goes to: `config.out`, else the latest of this recipe's under runs/ to resume, else a new one."""
+    if config.out is not None:
+        return Path(config.out)
+    latest = latest_run_path(RUNS, recipe) if config.resume == "latest" else None
+    return latest or new_run_path(RUNS, recipe)
+
+
+def train(
+    config: TrainConfig, *, recipe: str = "custom", report: Reporter | None = None
+) -> tuple[loop.Outcome, RunFolder]:
+    """Pretrain a GPT: text in; a trained model, its checkpoints, a curve and a sample out, all in the run folder.
+
+    Args:
+        config: the whole run (see `recipes`).
+        recipe: the name it is filed under.
+        report: what a person sees (default: nothing).
+
+    Returns:
+        How it ended, and the run folder, which `load` reads.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, PermissionError: bad input, found before the first step.
+        FloatingPointError, OSError: the run failed; its last checkpoint is good.
+    """
+    report = report or Reporter()
+    use_compilation_cache()
+    run = RunFolder(run_path(config, recipe))
+    resuming = config.resume == "latest" and run.exists()
+    if not resuming:
+        run.check_free()
+    layout = choose_layout(config.parallel, config.data.batch_size)
+    text = prepare(config.data, report.say)
+    config = _resolve(config, text)
+    task = LanguageModelling(config, text)
+    if resuming:
+        _check_same_run(run, config, text)
+    else:
+        run.create()
+    run.describe_as(
+        {"task": "language-modelling", "recipe": recipe, "data": text.fingerprint, "config": to_dict(config)}
+    )
+    text.tokenizer.save(run.tokenizer)
+    for line in (*layout.notes, *_announcement(config, text, layout)):
+        report.say(line)
+    report.begin(config.steps)
+    try:
+        outcome = loop.train(task, config, run, layout, report)
+    finally:
+        report.finish()
+    return outcome, run
+
+
+def _resolve(config: TrainConfig, text: TokenizedText) -> TrainConfig:
+    """Fill in what follows from the data: the vocabulary size, and paths that hold from any working directory."""
+    size, model = text.tokenizer.vocab_size, config.model
+    if model.vocab_size is not None and model.vocab_size < size:
+        raise ValueError(f"the tokenizer has {size} tokens, more than model.vocab-size {model.vocab_size}")
+    paths = tuple(path if path == "-" else os.path.abspath(path) for path in config.data.path)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, vocab_size=model.vocab_size or size),
+        data=dataclasses.replace(config.data, path=paths),
+    )
+
+
+def _check_same_run(run: RunFolder, config: TrainConfig, text: TokenizedText) -> None:
+    """Refuse to resume a run as something else."""
+    description = run.describe()
+    saved = flatten(from_dict(TrainConfig, description["config"]))
+    for key, value in flatten(config).items():
+        if key not in FREE_ON_RESUME and value != saved[key]:
+            raise ValueError(f"{run.path} was trained with {key} {saved[key]}, not {value}; resume it without that flag")
+    if description["data"] != text.fingerprint:
+        raise ValueError(f"{run.path} was trained on other data than {', '.join(config.data.path) or 'this'}")
+
+
+def _announcement(config: TrainConfig, text: TokenizedText, layout: Layout) -> Iterator[str]:
+    """What will be trained, on what, where, and about how much memory it takes."""
+    model, devices = config.model, len(layout.devices)
+    assert model.vocab_size is not None
+    shapes = jax.eval_shape(functools.partial(init_parameters, model), jax.random.key(0))
+    count = metrics.count_parameters(shapes)
+    memory = metrics.estimate_training_bytes(config, count, model.vocab_size, devices)
+    yield (
+        f"GPT with {count / 1e6:.2f}M parameters ({model.layers} layers x {model.width}, context {model.context}, "
+        f"vocabulary {model.vocab_size:,}) on {devices} x {layout.devices[0].device_kind} ({layout.strategy}), "
+        f"about {memory / 2**30:.2f} GiB a device"
+    )
+    epochs = config.steps * config.tokens_per_step / max(1, len(text.train))
+    yield (
+        f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {config.steps:,} steps of "
+        f"{config.tokens_per_step:,} tokens ({epochs:.2g} epochs)"
+        + (f", or {config.max_seconds:,.0f} seconds" if config.max_seconds else "")
+    )
+
+
+def summary(outcome: loop.Outcome, run: RunFolder) -> str:
+    """The last lines a person sees."""
+    if outcome.interrupted:
+        return f"stopped at step {outcome.step:,} and saved; go on with --resume --out {run.path}"
+    return (
+        f"step {outcome.step:,}  {describe_evaluation(outcome.evaluation)}\n"
+        f"everything lies in {run.path}; more text: jaxgpt generate --model {run.path} --prompt ..."
+    )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote: the new text and token ids, and why it ended (`stop`: end-of-text; `length`: the limit)."""
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A GPT with its parameters and its tokenizer."""
+
+    config: GPTConfig
+    parameters: Parameters
+    tokenizer: Tokenizer
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(
+            functools.partial(next_token_logits, self.config), functools.partial(init_cache, self.config, 1)
+        )
+
+    def tokens(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        truncate: Literal["never", "left"] = "never",
+    ) -> Iterator[int]:
+        """Yield the ids that continue `prompt`: at most `max_new_tokens`, none after end-of-text.
+
+        Raises:
+            ValueError: an empty prompt, or, unless `truncate` is "left", prompt and new tokens beyond the context.
+        """
+        ids = self.tokenizer.encode(prompt)
+        excess = len(ids) + max_new_tokens - self.config.context
+        if excess > 0 and truncate == "never":
+            raise ValueError(
+                f"{len(ids)} prompt tokens and {max_new_tokens} new ones are {excess} more than the context of "
+                f"{self.config.context}; ask for fewer, or --truncate left to drop the oldest as the window fills"
+            )
+        for token, _ in zip(self._decoder.tokens(self.parameters, ids, sampling), range(max_new_tokens), strict=False):
+            if token == self.tokenizer.end_of_text:
+                return
+            yield token
+
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = 256,
+        sampling: SamplingConfig | None = None,
+        truncate: Literal["never", "left"] = "never",
+    ) -> Iterator[str]:
+        """Yield the new text in pieces as it is made, never half a character. Arguments as in `generate`."""
+        return self.tokenizer.stream(self.tokens(prompt, max_new_tokens, sampling or SamplingConfig(), truncate))
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 256,
+        sampling: SamplingConfig | None = None,
+        truncate: Literal["never", "left"] = "never",
+    ) -> Generated:
+        """Continue `prompt`.
+
+        Args:
+            prompt: at least one token of text.
+            max_new_tokens: how many tokens to make at most.
+            sampling: temperature, top-k and seed.
+            truncate: "left" drops the oldest tokens where prompt and text outgrow the context; "never" refuses.
+
+        Raises:
+            ValueError: see `tokens`.
+        """
+        new = tuple(self.tokens(prompt, max_new_tokens, sampling or SamplingConfig(), truncate))
+        reason: Literal["stop", "length"] = "length" if len(new) == max_new_tokens else "stop"
+        return Generated(prompt, self.tokenizer.decode(new), new, reason)
+
+
+def load(path: str | os.PathLike[str], *, checkpoint: Literal["best", "last"] = "best") -> LanguageModel:
+    """Load the model of a run folder.
+
+    Args:
+        path: what `train` wrote.
+        checkpoint: the one with the lowest held-out loss, or the newest.
+
+    Raises:
+        FileNotFoundError: no run, or no checkpoint in it yet.
+        ValueError: a damaged file, named.
+    """
+    use_compilation_cache()
+    run = RunFolder(Path(path))
+    config = from_dict(TrainConfig, run.describe()["config"]).model
+    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+    steps = checkpoints.steps
+    if not steps:
+        raise FileNotFoundError(f"{run.path} has no checkpoint yet")
+    step = steps[-1] if checkpoint == "last" else checkpoints.best_step
+    shape = jax.eval_shape(functools.partial(init_parameters, config), jax.random.key(0))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    trees, _ = checkpoints.restore(step, {"parameters": shape}, device)
+    return LanguageModel(config, trees["parameters"], load_tokenizer(run.tokenizer))

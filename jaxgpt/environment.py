@@ -1,0 +1,61 @@
+"""The process around the program: XLA's flags, the compilation cache, the user's cache folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+# jaxlib 0.10.2 computes wrong sums in some fused reductions on CPU (jax-ml/jax#39103). An empty value turns that kind
+# of fusion off; 0.10.1 is right without it, and an XLA that does not know the flag would abort.
+FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+MISCOMPILING_JAXLIB = ("0.10.2",)
+
+
+def prepare_backend() -> None:
+    """Set what XLA reads when it starts; called once, when `jaxgpt` is imported.
+
+    Flags are appended, never replaced: what the user set stays. Simulated CPU devices wait for each other in threads,
+    and with fewer threads than devices they wait for ever, so their number (NPROC) is raised when the flag is there.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if importlib.metadata.version("jaxlib") in MISCOMPILING_JAXLIB and FUSION_FLAG not in flags:
+        if _backend_is_running():
+            warnings.warn(
+                f"JAX computed something before jaxgpt was imported, so {FUSION_FLAG}= could not be set, and this "
+                "version of jaxlib can compute wrong sums on CPU: import jaxgpt first",
+                stacklevel=2,
+            )
+        flags = f"{flags} {FUSION_FLAG}=".strip()
+        os.environ["XLA_FLAGS"] = flags
+    if DEVICE_COUNT_FLAG in flags:
+        os.environ.setdefault("NPROC", "16")
+
+
+def _backend_is_running() -> bool:
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bridge is not None and bool(getattr(bridge, "_backends", None))
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $JAXGPT_CACHE, or jaxgpt in the user's cache folder."""
+    if own := os.environ.get("JAXGPT_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jaxgpt"
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that a second start is quick; a cache the user has set up is left alone."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    # Compiled for this processor by this jaxlib: entries of others are at best useless.
+    version = f"{importlib.metadata.version('jaxlib')}-{platform.machine()}"
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs" / version))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,1 @@
+"""What the networks are: attention, layers, GPT, losses. Pure functions of parameters and arrays."""

@@ -1,0 +1,133 @@
+"""The layers that every model here is built from. Dimension letters: see `attention.py`."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jaxgpt.config import AttentionName, Dtype
+from jaxgpt.models.attention import KVCache, causal_mask, masked_self_attention, self_attention
+
+
+def sinusoidal_positions(length: int, width: int) -> Float[Array, "T D"]:
+    """Sinusoidal positional encoding (Vaswani et al. 2017, section 3.5).
+
+    Row t holds sin(t / 10000^(2i/D)) in column 2i and the cosine of the same angle in column 2i + 1. `width` is even.
+    """
+    if width % 2:
+        raise ValueError(f"sinusoidal positions need an even width, not {width}")
+    frequency = jnp.exp(jnp.arange(0, width, 2) * (-math.log(10_000.0) / width))
+    angle = jnp.arange(length)[:, None] * frequency
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(length, width)
+
+
+class PositionalEncoding(nn.Module):
+    """Gives each position its vector (D): a trained table of `context` rows, or the fixed sinusoids.
+
+    Learned positions are GPT's (Radford et al. 2018); Vaswani et al. 2017 found both equally good.
+    """
+
+    context: int
+    width: int
+    learned: bool = True
+    init_std: float = 0.02
+    parameter_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(self, positions: Int[Array, " T"]) -> Float[Array, "T D"]:
+        if self.learned:
+            init = nn.initializers.normal(self.init_std)
+            table = self.param("embedding", init, (self.context, self.width), self.parameter_dtype)
+        else:
+            table = sinusoidal_positions(self.context, self.width).astype(self.parameter_dtype)
+        return jnp.take(table, positions, axis=0)
+
+
+class Dense(nn.Module):
+    """y = x W + b on the last axis, W (in, out) as in GPT-2's Conv1D.
+
+    All leading axes are flattened to one first: the gradient of a three-dimensional product makes XLA transpose and
+    recompute its neighbours on CPU (a fifth of a small model's step).
+    """
+
+    features: int
+    bias: bool = True
+    init_std: float = 0.02
+    parameter_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        init = nn.initializers.normal(self.init_std)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.parameter_dtype)
+        y = x.reshape(-1, x.shape[-1]).astype(self.compute_dtype) @ kernel.astype(self.compute_dtype)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.parameter_dtype).astype(y.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3), with GELU in its tanh form as in GPT-2."""
+
+    hidden: int
+    bias: bool = True
+    init_std: float = 0.02
+    output_std: float = 0.02
+    parameter_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        dtypes = {"parameter_dtype": self.parameter_dtype, "compute_dtype": self.compute_dtype}
+        hidden = Dense(self.hidden, self.bias, self.init_std, **dtypes, name="up")(x)
+        return Dense(x.shape[-1], self.bias, self.output_std, **dtypes, name="down")(nn.gelu(hidden, approximate=True))
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2) of a sequence to its own past.
+
+    One product makes queries, keys and values of all heads, (D, 3 D) in the order of GPT-2's `c_attn`; each head
+    attends in its own D / N dimensions; a last product mixes the heads. The width must divide by `heads`.
+
+    Called with x (B, T, D): causal attention within x. Called with a cache too: x continues what the cache holds,
+    `layer` says whose keys and values it is, and the cache with x's own added comes back.
+    """
+
+    heads: int
+    bias: bool = True
+    init_std: float = 0.02
+    output_std: float = 0.02
+    dropout: float = 0.0
+    implementation: AttentionName = "auto"
+    parameter_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cache: KVCache | None = None,
+        layer: Int[Array, ""] | None = None,
+        dropout_keys: Key[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        batch, length, width = x.shape
+        if width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide the width {width}")
+        dtypes = {"parameter_dtype": self.parameter_dtype, "compute_dtype": self.compute_dtype}
+        qkv = Dense(3 * width, self.bias, self.init_std, **dtypes, name="qkv")(x)
+        query, key, value = (
+            part.reshape(batch, length, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
+        )
+        drops = {"dropout_rate": self.dropout, "dropout_keys": dropout_keys}
+        if cache is None or layer is None:
+            heads = masked_self_attention(query, key, value, implementation=self.implementation, **drops)
+        else:
+            mask = causal_mask(length, cache.capacity, cache.length)
+            cache, key, value = cache.insert(layer, key, value)
+            heads = self_attention(query, key, value, mask=mask, **drops)
+        y = Dense(width, self.bias, self.output_std, **dtypes, name="out")(heads.reshape(batch, length, width))
+        return y, cache
+

@@ -1,0 +1,31 @@
+"""From hidden states to a loss: the output head and the cross entropy. Dimension letters: see `attention.py`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def unembed(hidden: Float[Array, "... D"], head: Float[Array, "V D"]) -> Float[Array, "... V"]:
+    """Logits over the vocabulary, in at least float32. GPT-2's head is its token embedding, with no scaling.
+
+    Separate from the model, because task heads, decoding (last position only) and fused losses need the hidden states.
+    """
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.matmul(flat, head.astype(hidden.dtype).T, preferred_element_type=dtype)
+    return logits.reshape(*hidden.shape[:-1], head.shape[0])
+
+
+def cross_entropy(
+    logits: Float[Array, "... V"], targets: Int[Array, "..."], weights: Float[Array, "..."]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Negative log-likelihood of the targets in nats: (weighted sum, sum of the weights).
+
+    A sum and a weight instead of a mean, so that micro-batches, devices and hosts can be added up and divided once.
+    Masking is by weight; no token id means padding.
+    """
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum((normalizer - picked) * weights), jnp.sum(weights)

@@ -1,0 +1,128 @@
+"""Named, complete configs. Each docstring states what it is, its command, and the result that was measured.
+
+Where and when it was measured stands in benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+
+from jaxgpt.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, suggestion
+
+
+def default() -> TrainConfig:
+    """A GPT that writes Python, from the source of the Python standard library on this machine.
+
+    python train.py
+    """
+    return TrainConfig(
+        model=GPTConfig(context=128, layers=4, heads=4, width=256, bias=False),
+        data=DataConfig(tokenizer="bpe", vocab_size=4096, batch_size=16),
+        optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=50),
+        steps=2000,
+        max_seconds=220,
+        eval_interval=500,
+    )
+
+
+def shakespeare_char_cpu() -> TrainConfig:
+    """Shakespeare character by character on a CPU: nanoGPT's recipe for a laptop, flag for flag.
+
+    python train.py shakespeare-char-cpu --data.path tinyshakespeare.txt
+    """
+    return TrainConfig(
+        model=GPTConfig(context=64, layers=4, heads=4, width=128, dropout=0.0, bias=False),
+        data=DataConfig(tokenizer="character", batch_size=12),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            final_learning_rate=1e-4,
+            warmup_steps=100,
+            beta2=0.99,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        steps=2000,
+        eval_interval=250,
+    )
+
+
+def shakespeare_char() -> TrainConfig:
+    """Shakespeare character by character on one GPU: nanoGPT's recipe, flag for flag.
+
+    python train.py shakespeare-char --data.path tinyshakespeare.txt
+    """
+    small = shakespeare_char_cpu()
+    return replace(
+        small,
+        model=GPTConfig(context=256, layers=6, heads=6, width=384, dropout=0.2, bias=False),
+        data=replace(small.data, batch_size=64),
+        steps=5000,
+    )
+
+
+def gpt2() -> TrainConfig:
+    """GPT-2 124M at nanoGPT's OpenWebText settings: 600,000 steps of 491,520 tokens.
+
+    python train.py gpt2 --data.path openwebtext/
+    """
+    return TrainConfig(
+        model=GPTConfig(vocab_size=50304, bias=False, compute_dtype="bfloat16"),
+        data=DataConfig(tokenizer="bpe", vocab_size=50257, held_out=0.0005, batch_size=480),
+        optimizer=OptimizerConfig(
+            learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=2000, beta2=0.95, weight_decay=0.1
+        ),
+        parallel=ParallelConfig(gradient_accumulation=5),
+        steps=600_000,
+        eval_interval=1000,
+    )
+
+
+def gpt2_medium() -> TrainConfig:
+    """GPT-2 355M; otherwise as gpt2.
+
+    python train.py gpt2-medium --data.path openwebtext/
+    """
+    return replace(gpt2(), model=replace(gpt2().model, layers=24, heads=16, width=1024))
+
+
+def gpt2_large() -> TrainConfig:
+    """GPT-2 774M; otherwise as gpt2.
+
+    python train.py gpt2-large --data.path openwebtext/
+    """
+    return replace(gpt2(), model=replace(gpt2().model, layers=36, heads=20, width=1280))
+
+
+def gpt2_xl() -> TrainConfig:
+    """GPT-2 1558M; otherwise as gpt2.
+
+    python train.py gpt2-xl --data.path openwebtext/
+    """
+    return replace(gpt2(), model=replace(gpt2().model, layers=48, heads=25, width=1600))
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (default, shakespeare_char_cpu, shakespeare_char, gpt2, gpt2_medium, gpt2_large, gpt2_xl)
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """Return the recipe of that name, as in `python train.py NAME`.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name}{suggestion(name, RECIPES)}")
+    return RECIPES[name]()
+
+
+def describe() -> str:
+    """All recipes with what they do, their commands and their measured results, for `--help`."""
+    return "\n".join(
+        f"  {name}\n" + "\n".join(f"      {line}".rstrip() for line in inspect.getdoc(function).splitlines() if line)  # type: ignore[union-attr]
+        for name, function in RECIPES.items()
+    )

@@ -1,0 +1,142 @@
+"""Checkpoints: Orbax, asynchronous and atomic, with a checksum for every leaf. The only module that knows Orbax."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+FORMAT = 1
+METRIC = "eval/loss"
+
+Trees = dict[str, Any]
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that cannot be read, or whose contents are not what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest, and the one with the lowest held-out loss.
+
+    A checkpoint is a folder named after its step. It appears under that name only once it is complete, and it carries
+    a CRC-32 of every leaf, because Orbax itself does not notice a flipped bit.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        """Open or create `folder`. With `read_only`, what a running or killed writer left half done is not cleaned."""
+        keep = ocp.training.preservation_policies
+        best = keep.BestN(get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        self.folder = folder.absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(1), best]),
+            cleanup_tmp_directories=not read_only,
+        )
+        self._pending: Any = None
+
+    def save(self, step: int, trees: Trees, *, metrics: dict[str, float] | None, extra: dict[str, Any]) -> None:
+        """Start saving `trees` as `step`; their arrays may be donated as soon as this returns.
+
+        Args:
+            trees: named pytrees of arrays, each of which can be restored without the others.
+            metrics: what was measured at this step; `eval/loss` decides which checkpoint is the best.
+            extra: JSON values that `restore` gives back.
+
+        Raises:
+            OSError: this save or the one before could not be written; what was committed before is untouched.
+        """
+        self.wait()
+        custom = {"format": FORMAT, "checksums": checksums(trees), "extra": extra}
+        try:
+            self._pending = self._checkpointer.save_checkpointables_async(
+                step, trees, metrics=metrics, custom_metadata=custom, force=True
+            )
+        except Exception as error:
+            raise self._write_error(step, error) from error
+        self._step = step
+
+    def wait(self) -> None:
+        """Return once the save under way is committed.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:
+            raise self._write_error(self._step, error) from error
+
+    def close(self) -> None:
+        """Wait for the save under way, then let go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, oldest first."""
+        self.wait()
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the lowest held-out loss; the newest if none was measured; None if there is none."""
+        self.wait()
+        measured = [c for c in self._checkpointer.checkpoints if c.metrics and METRIC in c.metrics]
+        if measured:
+            return min(measured, key=lambda c: c.metrics[METRIC]).step
+        return max(self.steps, default=None)
+
+    def restore(self, step: int, shapes: Trees, sharding: jax.sharding.Sharding) -> tuple[Trees, dict[str, Any]]:
+        """Read trees of the checkpoint of `step` and check every leaf; return them and the saved `extra`.
+
+        Args:
+            shapes: the trees wanted, as shapes and dtypes (`jax.eval_shape`), which the files must match.
+            sharding: where the arrays go.
+
+        Raises:
+            DamagedCheckpointError: it cannot be read, does not fit `shapes`, or a leaf is not what was saved.
+        """
+        path = self.folder / str(step)
+        targets = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+        try:
+            custom = self._checkpointer.checkpointables_metadata(step).custom_metadata
+            trees = self._checkpointer.load_checkpointables(step, targets)
+        except Exception as error:
+            raise DamagedCheckpointError(f"the checkpoint {path} cannot be read: {_root_cause(error)}") from error
+        if not isinstance(custom, dict) or custom.get("format") != FORMAT:
+            raise DamagedCheckpointError(f"the checkpoint {path} is not of format {FORMAT}, the one this version reads")
+        for name, checksum in checksums(trees).items():
+            if custom["checksums"].get(name) != checksum:
+                raise DamagedCheckpointError(
+                    f"the checkpoint {path} is damaged: {name} does not have the checksum it was saved with"
+                )
+        return trees, custom["extra"]
+
+    def _write_error(self, step: int, error: Exception) -> OSError:
+        return OSError(f"the checkpoint of step {step} could not be written to {self.folder}: {_root_cause(error)}")
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """CRC-32 of the bytes of every leaf, by its path in the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(np.ascontiguousarray(leaf))
+        for path, leaf in leaves
+    }
+
+
+def _root_cause(error: BaseException) -> str:
+    """First line of the innermost error: Orbax wraps what went wrong in handler errors that do not say it."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,173 @@
+"""A run is a folder: config.json, metrics.jsonl, curves.png, samples.txt, tokenizer.json, checkpoints/."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run. Every file is written whole or appended line by line, never half."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config and what identifies the data (JSON)."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: `step`, `train/loss`, `eval/loss`, `tokens_per_second`, `seconds`, ..."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """The losses over the steps, drawn."""
+        return self.path / "curves.png"
+
+    @property
+    def samples(self) -> Path:
+        """Text the model wrote, with the step it wrote it at."""
+        return self.path / "samples.txt"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer the model was trained with."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints, one folder a step."""
+        return self.path / "checkpoints"
+
+    def exists(self) -> bool:
+        """Whether a run lies here."""
+        return self.config.is_file()
+
+    def check_free(self) -> None:
+        """Raise `FileExistsError` if the folder holds a run already, or other files."""
+        if self.exists():
+            raise FileExistsError(
+                f"{self.path} holds another run; give another --out, or --resume to go on with that one"
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise FileExistsError(f"{self.path} exists and is not a run; give another --out")
+
+    def create(self) -> None:
+        """Make the folder of a new run (see `check_free`)."""
+        self.check_free()
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def describe_as(self, description: dict[str, Any]) -> None:
+        """Write config.json: from then on the folder is a run."""
+        write_atomically(self.config, json.dumps({"format": FORMAT} | description, indent=2) + "\n")
+
+    def describe(self) -> dict[str, Any]:
+        """Read config.json.
+
+        Raises:
+            FileNotFoundError: no run lies here.
+            ValueError: config.json is not JSON, or of another format.
+        """
+        if not self.exists():
+            raise FileNotFoundError(f"{self.path} is not a run folder: it has no config.json")
+        try:
+            description = json.loads(self.config.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.config} is not valid JSON: {error}") from error
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            raise ValueError(f"{self.config} is not of format {FORMAT}, the one this version reads")
+        return description
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Read metrics.jsonl; a last line that a killed run left unfinished is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text("utf-8").splitlines()
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise ValueError(f"{self.metrics}, line {number}, is not valid JSON: {error}") from error
+        return records
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run writes those lines again."""
+        kept = [record for record in self.history() if record["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def add_sample(self, step: int, text: str) -> None:
+        """Append a sample to samples.txt."""
+        with self.samples.open("a", encoding="utf-8") as file:
+            file.write(f"--- step {step} ---\n{text}\n\n")
+
+    def draw_curves(self) -> None:
+        """Draw training and held-out loss over the steps into curves.png."""
+        # Matplotlib takes half a second to import; most users of this module never draw.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        records = self.history()
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        train = _series(records, "train/loss")
+        held_out = _series(records, "eval/loss")
+        axes.plot(*train, color="tab:blue", alpha=0.35, linewidth=1, label="training batch")
+        if held_out[0]:
+            label = f"held-out, lowest {min(held_out[1]):.3f}"
+            axes.plot(*held_out, color="tab:orange", marker="o", markersize=4, label=label)
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=self.path.name)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        temporary = self.curves.with_name(".curves.png")
+        FigureCanvasAgg(figure).print_png(str(temporary))
+        temporary.replace(self.curves)
+
+
+def _series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def new_run_path(root: Path, name: str) -> Path:
+    """The first of `root/name`, `root/name-2`, ... that does not exist yet."""
+    path, number = root / name, 2
+    while path.exists():
+        path, number = root / f"{name}-{number}", number + 1
+    return path
+
+
+def latest_run_path(root: Path, name: str) -> Path | None:
+    """The newest of the runs that `new_run_path` named, or None."""
+    runs = [p for p in root.glob(f"{name}*") if p.name == name or p.name.removeprefix(f"{name}-").isdigit()]
+    runs = [p for p in runs if RunFolder(p).exists()]
+    return max(runs, key=lambda p: RunFolder(p).config.stat().st_mtime, default=None)

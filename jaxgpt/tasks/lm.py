@@ -1,0 +1,78 @@
+"""Language modelling: predict the next token of running text (Radford et al. 2018, section 3.1)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
+from jaxgpt.data.batches import WindowBatches, evaluation_batches, prefetch
+from jaxgpt.data.shards import TokenizedText
+from jaxgpt.generation.decode import Decoder
+from jaxgpt.models.gpt import GPT, Parameters, init_cache, init_parameters, next_token_logits, output_head
+from jaxgpt.models.losses import cross_entropy, unembed
+from jaxgpt.training.step import Batch
+
+
+def loss(
+    config: GPTConfig, parameters: Parameters, batch: Batch, dropout_keys: Key[Array, " B"] | None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Negative log-likelihood of the targets: (sum in nats, sum of the weights).
+
+    Args:
+        batch: `tokens`, `targets` (B, T) and `weights` (B, T): 1 where the target counts.
+        dropout_keys: a key for each row; None for evaluation.
+    """
+    hidden, _ = GPT(config).apply({"params": parameters}, batch["tokens"], dropout_keys=dropout_keys)
+    return cross_entropy(unembed(hidden, output_head(parameters)), batch["targets"], batch["weights"])
+
+
+class LanguageModelling:
+    """The task of pretraining: windows of running text, next-token loss, bits per byte (see `training.loop.Task`)."""
+
+    def __init__(self, config: TrainConfig, text: TokenizedText) -> None:
+        """`config.model.vocab_size` is set, and at least the tokenizer's.
+
+        Raises:
+            ValueError: a split of the text is shorter than one sequence.
+        """
+        self._config, self._text = config, text
+        length, size = config.sequence_length, config.data.batch_size
+        self._windows = WindowBatches(text.train, length, size, config.seed)
+        self.evaluation_batches = functools.partial(evaluation_batches, text.held_out, length, size)
+        self.init = functools.partial(init_parameters, config.model)
+        self.loss = functools.partial(loss, config.model)
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
+        return prefetch(self._windows.batch, start, stop)
+
+    def evaluation_metrics(self, loss_sum: float, weight: float) -> dict[str, float]:
+        """Loss (nats a token), perplexity, and bits per byte of the held-out text, which no tokenizer can flatter."""
+        mean = loss_sum / weight
+        tokens_per_byte = len(self._text.held_out) / self._text.held_out.bytes
+        return {
+            "eval/loss": mean,
+            "eval/perplexity": math.exp(min(mean, 700.0)),
+            "eval/bits_per_byte": mean / math.log(2) * tokens_per_byte,
+        }
+
+    def sample(self, parameters: Parameters) -> Iterator[str]:
+        """Text by the model: a new document where there are several, else what follows the first held-out token."""
+        tokenizer, model = self._text.tokenizer, self._config.model
+        several = self._text.train.documents > 1
+        first = tokenizer.end_of_text if several else int(self._text.held_out.read(0, 1)[0])
+        decoder = Decoder(functools.partial(next_token_logits, model), functools.partial(init_cache, model, 1))
+        replicated = jax.tree.map(lambda x: x.addressable_data(0), parameters)
+        sampling = SamplingConfig(seed=self._config.seed)
+        tokens = decoder.tokens(replicated, [first], sampling)
+        tokens = itertools.takewhile(
+            lambda token: token != tokenizer.end_of_text, itertools.islice(tokens, self._config.sample_tokens)
+        )
+        return tokenizer.stream(tokens)

@@ -1,0 +1,281 @@
+"""The training loop: the same for every task. Steps, evaluations, checkpoints, and an orderly end."""
+
+from __future__ import annotations
+
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.config import TrainConfig
+from jaxgpt.storage.checkpoint import METRIC, Checkpoints
+from jaxgpt.storage.runs import RunFolder
+from jaxgpt.training.optimizer import make_optimizer
+from jaxgpt.training.parallel import Layout
+from jaxgpt.training.report import Reporter
+from jaxgpt.training.step import Loss, Parameters, TrainState, evaluate_step, train_step
+
+FIRST_STEPS = 20  # logged one by one, whatever the interval: a run that starts wrong shows it here
+
+
+class Task(Protocol):
+    """What is learned. The loop knows nothing else about it."""
+
+    loss: Loss
+
+    def init(self, key: jax.Array) -> Parameters:
+        """Initial parameters."""
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """The global batches of steps `start` to `stop`, each a pure function of (seed, step)."""
+
+    def evaluation_batches(self) -> Iterable[dict[str, np.ndarray]]:
+        """The whole held-out split, each target once."""
+
+    def evaluation_metrics(self, loss_sum: float, weight: float) -> dict[str, float]:
+        """What the summed held-out loss means: at least `eval/loss`."""
+
+    def sample(self, parameters: Parameters) -> Iterator[str]:
+        """Something the model makes, as pieces of text."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `interrupted` means stopped by a signal, saved, and to be resumed."""
+
+    step: int
+    evaluation: dict[str, float]
+    interrupted: bool
+
+
+@dataclass
+class Stop:
+    """Whether somebody asked the run to end: SIGTERM or Ctrl-C ends it after the step under way."""
+
+    requested: bool = False
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        self.requested = True
+
+
+def train(task: Task, config: TrainConfig, run: RunFolder, layout: Layout, report: Reporter) -> Outcome:
+    """Train from the newest checkpoint in `run` (or from the start) to the end of the budget.
+
+    Raises:
+        FloatingPointError: loss or gradient is not finite; no state after the last good one was saved.
+        OSError: the run folder cannot be written; what was committed before is untouched.
+        ValueError: the checkpoint is damaged or does not fit the config.
+    """
+    checkpoints = Checkpoints(run.checkpoints)
+    try:
+        with Stop() as stop:
+            return _Loop(task, config, run, layout, report, checkpoints, stop).run()
+    finally:
+        checkpoints.close()
+
+
+class _Loop:
+    """The variables of one run of `train`; everything numerical is in the pure step."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        run: RunFolder,
+        layout: Layout,
+        report: Reporter,
+        checkpoints: Checkpoints,
+        stop: Stop,
+    ) -> None:
+        self.task, self.config, self.run_folder, self.report = task, config, run, report
+        self.layout, self.checkpoints, self.stop = layout, checkpoints, stop
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        step = functools.partial(
+            train_step,
+            loss=task.loss,
+            optimizer=optimizer,
+            seed=config.seed,
+            micro_batches=config.parallel.gradient_accumulation,
+        )
+        self.step_program = layout.compile(step, scalars=1, donate=True)
+        self.evaluation_program = layout.compile(functools.partial(evaluate_step, loss=task.loss))
+        self.write = metrics_writer(run, config.tensorboard)
+        self.initial_state = functools.partial(initial_state, task, optimizer, config.seed)
+        self.evaluation: dict[str, float] = {}
+        self.evaluation_seconds = math.inf
+        self.started = time.monotonic()
+        self.last_settled = self.started
+        self.unlogged_tokens, self.unlogged_seconds = 0.0, 0.0
+
+    def run(self) -> Outcome:
+        config, state = self.config, self._start()
+        step = int(state.step)
+        if not step:
+            self._evaluate(state, step)
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.last_settled = time.monotonic()
+
+        for batch in self.task.batches(step, config.steps):
+            position = self._position(step)
+            if self.stop.requested or position >= config.steps:
+                break
+            state, metrics = self.step_program(state, self.layout.place(batch), np.float32(position))
+            step += 1
+            if pending is not None:
+                self._settle(*pending)  # read the step before while this one runs: one step in flight, never more
+            pending = (step, metrics)
+            if step < config.steps and self._is_due(step):
+                self._settle(*pending)
+                pending = None
+                self._evaluate_and_save(state, step)
+
+        if pending is not None:
+            self._settle(*pending)
+        if self.stop.requested and step < config.steps:
+            self._save(state, step)
+            self.checkpoints.wait()
+            return Outcome(step, self.evaluation, interrupted=True)
+        self._finish(state, step)
+        return Outcome(step, self.evaluation, interrupted=False)
+
+    def _start(self) -> TrainState:
+        """The newest checkpoint, or the initial state."""
+        steps = self.checkpoints.steps
+        if not steps:
+            return jax.device_put(jax.jit(self.initial_state)(), self.layout.replicated)
+        shapes = _trees(jax.eval_shape(self.initial_state))
+        trees, extra = self.checkpoints.restore(steps[-1], shapes, self.layout.replicated)
+        self.run_folder.rewind(steps[-1])
+        self.started -= extra["seconds"]
+        self.evaluation = extra["evaluation"]
+        self.report.say(f"resuming at step {steps[-1]:,}")
+        step = jax.device_put(jnp.asarray(steps[-1], jnp.int32), self.layout.replicated)
+        return TrainState(step, trees["parameters"], trees["optimizer"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of this run, those before a resume included."""
+        return time.monotonic() - self.started
+
+    def _position(self, step: int) -> float:
+        """Where in the schedule the run stands: its step, or its share of the time budget if that is further on."""
+        if self.config.max_seconds is None:
+            return float(step)
+        final_evaluation = self.evaluation_seconds if self.evaluation_seconds < math.inf else 0.0
+        budget = max(self.config.max_seconds - final_evaluation, 1e-6)
+        return max(float(step), self.config.steps * self.seconds / budget)
+
+    def _is_due(self, step: int) -> bool:
+        every = self.config.checkpoint_interval
+        return step % self.config.eval_interval == 0 or (every is not None and step % every == 0)
+
+    def _settle(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Read the metrics of a finished step, stop if they are not finite, log them."""
+        loss, norm, tokens = (float(metrics[name]) for name in ("loss", "gradient_norm", "tokens"))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+            kept = self.checkpoints.steps
+            where = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint had been saved yet"
+            raise FloatingPointError(f"{what} at step {step}: stopped; {where}")
+        now = time.monotonic()
+        self.unlogged_seconds += now - self.last_settled
+        self.unlogged_tokens += tokens
+        self.last_settled = now
+        self.report.step(step, loss, self.unlogged_tokens / self.unlogged_seconds, self._position(step))
+        if step <= FIRST_STEPS or step % self.config.log_interval == 0 or step == self.config.steps:
+            rate = self.unlogged_tokens / self.unlogged_seconds
+            self.write(
+                {"step": step, "train/loss": loss, "gradient_norm": norm, "tokens_per_second": rate}
+                | {"seconds": self.seconds}
+            )
+            self.unlogged_tokens, self.unlogged_seconds = 0.0, 0.0
+
+    def _evaluate_and_save(self, state: TrainState, step: int) -> None:
+        evaluated = step % self.config.eval_interval == 0
+        if evaluated:
+            self._evaluate(state, step)
+        self._save(state, step, measured=evaluated)
+        self.last_settled = time.monotonic()
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        """Loss over the whole held-out split."""
+        start = time.monotonic()
+        sums = [self.evaluation_program(state.parameters, self.layout.place(b)) for b in self.task.evaluation_batches()]
+        loss_sum, weight = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
+        self.evaluation = self.task.evaluation_metrics(loss_sum, weight)
+        self.evaluation_seconds = min(self.evaluation_seconds, time.monotonic() - start)
+        self.write({"step": step} | self.evaluation | {"seconds": self.seconds})
+        self.report.evaluation(step, self.evaluation)
+
+    def _save(self, state: TrainState, step: int, *, measured: bool = False) -> None:
+        metrics = {METRIC: self.evaluation[METRIC]} if measured else None
+        extra = {"seconds": self.seconds, "evaluation": self.evaluation}
+        self.checkpoints.save(step, _trees(state), metrics=metrics, extra=extra)
+
+    def _finish(self, state: TrainState, step: int) -> None:
+        """Evaluate, save, draw and show a sample: unless a resumed run had nothing left to do."""
+        if step not in self.checkpoints.steps:
+            self._evaluate(state, step)
+            self._save(state, step, measured=True)
+        self.run_folder.draw_curves()
+        self.report.finish()
+        text = self.report.stream(self.task.sample(state.parameters))
+        self.run_folder.add_sample(step, text)
+        self.checkpoints.wait()
+
+
+def initial_state(task: Task, optimizer: Any, seed: int) -> TrainState:
+    """Step 0: parameters from the seed, the optimiser's empty state."""
+    parameters = task.init(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds; parameters apart, so that a model can be loaded without its optimiser."""
+    return {"parameters": state.parameters, "optimizer": state.optimizer_state}
+
+
+def metrics_writer(run: RunFolder, tensorboard: bool) -> Callable[[dict[str, Any]], None]:
+    """Where metrics go: metrics.jsonl always, TensorBoard events on request.
+
+    Raises:
+        ValueError: TensorBoard was asked for and tensorboardX is not installed.
+    """
+    if not tensorboard:
+        return run.log
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard needs the extra: pip install 'jaxgpt[tensorboard]'") from error
+    events = SummaryWriter(str(run.path / "tensorboard"))
+
+    def write(values: dict[str, Any]) -> None:
+        run.log(values)
+        for name, value in values.items():
+            if name != "step":
+                events.add_scalar(name, value, values["step"])
+        events.flush()
+
+    return write

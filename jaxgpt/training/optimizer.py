@@ -1,0 +1,107 @@
+"""The optimiser: one Optax chain, built from the config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxgpt.config import OptimizerConfig
+
+Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """Return the learning rate as a share of its peak, as a function of the position in the run (0 .. `steps`).
+
+    Warm-up is linear from 0 and reaches the peak at `warmup_steps`; then, with w the warm-up and n the steps:
+    cosine and linear fall to `final_learning_rate` at n; inverse-sqrt is sqrt(w / position) (Vaswani et al. 2017,
+    section 5.3); wsd stays at the peak and falls linearly in the last `decay_share` of the run (Hu et al. 2024).
+    """
+    warmup, floor = config.warmup_steps, config.final_learning_rate / config.learning_rate
+
+    def schedule(position: Float[Array, ""]) -> Float[Array, ""]:
+        rise = jnp.minimum(1.0, position / max(1, warmup)) if warmup else 1.0
+        done = jnp.clip((position - warmup) / max(1, steps - warmup), 0.0, 1.0)
+        if config.schedule == "cosine":
+            fall = floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(math.pi * done))
+        elif config.schedule == "linear":
+            fall = 1.0 + (floor - 1.0) * done
+        elif config.schedule == "inverse-sqrt":
+            fall = jnp.sqrt(max(1, warmup) / jnp.maximum(position, max(1, warmup)))
+        elif config.schedule == "wsd":
+            left = (steps - position) / max(1.0, config.decay_share * steps)
+            fall = floor + (1.0 - floor) * jnp.clip(left, 0.0, 1.0)
+        else:
+            fall = jnp.ones_like(position)
+        return rise * fall
+
+    return schedule
+
+
+def scale_by_position(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """Scale updates by the schedule at `position`, an argument of `update`: 0 at the first step, a float.
+
+    Not a count in the state: a run that ends by the clock moves along its schedule by the share of its time.
+    """
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None, *, position: Array, **_: Any) -> Any:
+        rate = schedule(position)
+        return jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether a parameter is a weight matrix or an embedding table; only these decay.
+
+    Biases and norm scales are vectors, also where blocks are stacked on a leading L axis.
+    """
+    return leaf.ndim - ("blocks" in _names(path)) >= 2
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, AdamW (Loshchilov and Hutter 2019) or Muon (Jordan 2024), scale by the schedule.
+
+    `update(gradients, state, parameters, position=...)`. Parameters not named in the config do not decay: biases and
+    norms (see `is_matrix`).
+    """
+
+    def decayed(parameters: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(is_matrix, parameters)
+
+    adam = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+    if config.name == "adamw":
+        rule = optax.adamw(config.learning_rate, **adam, weight_decay=config.weight_decay, mask=decayed)
+    else:
+        rule = optax.contrib.muon(
+            config.muon_learning_rate,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=config.learning_rate,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    return optax.with_extra_args_support(optax.chain(clip, rule, scale_by_position(make_schedule(config, steps))))
+
+
+def _muon_dimensions(parameters: Any) -> Any:
+    """Muon's groups: the blocks' matrices (in, out), each layer on its own; None leaves the rest to AdamW."""
+
+    def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        stacked = "blocks" in _names(path) and is_matrix(path, leaf)
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if stacked else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, parameters)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [str(getattr(entry, "key", entry)) for entry in path]

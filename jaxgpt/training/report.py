@@ -1,0 +1,112 @@
+"""What a person sees: a progress bar on a terminal, plain lines in a pipe, nothing when quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Reporter:
+    """The quiet form, and the interface of the others."""
+
+    def say(self, text: str) -> None:
+        """One line of information."""
+
+    def begin(self, steps: int) -> None:
+        """Training starts and will go to position `steps`."""
+
+    def step(self, step: int, loss: float, tokens_per_second: float, position: float) -> None:
+        """A step has ended; `position` of the steps in `begin` are done."""
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The held-out split was measured."""
+
+    def finish(self) -> None:
+        """Training has ended, in whatever way; may be called twice."""
+
+    def stream(self, pieces: Iterable[str]) -> str:
+        """Show text as it is made; return the whole of it."""
+        return "".join(pieces)
+
+
+class PlainReporter(Reporter):
+    """Lines for a pipe or a file: the first steps, then one every few seconds."""
+
+    def __init__(self) -> None:
+        self._steps = 1
+        self._next_line = 0.0
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def begin(self, steps: int) -> None:
+        self._steps = steps
+
+    def step(self, step: int, loss: float, tokens_per_second: float, position: float) -> None:
+        now = time.monotonic()
+        if now >= self._next_line:
+            self._next_line = now + SECONDS_BETWEEN_LINES
+            done = min(1.0, position / self._steps)
+            self.say(f"step {step:,}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {done:.0%}")
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.say(f"step {step:,}  {describe_evaluation(metrics)}")
+
+    def stream(self, pieces: Iterable[str]) -> str:
+        written = []
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            written.append(piece)
+        sys.stdout.write("\n")
+        return "".join(written)
+
+
+class TerminalReporter(PlainReporter):
+    """A progress bar with loss, tokens a second and the time left."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        super().__init__()
+        self._progress: Any = Progress(
+            TextColumn("step {task.fields[step]:,}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+
+    def say(self, text: str) -> None:
+        # The progress bar owns the lines below the cursor while it runs; markup is off, as the text is anything.
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, steps: int) -> None:
+        self._task = self._progress.add_task("train", total=steps, step=0, loss=float("nan"), rate=0.0)
+        self._progress.start()
+
+    def step(self, step: int, loss: float, tokens_per_second: float, position: float) -> None:
+        self._progress.update(self._task, completed=position, step=step, loss=loss, rate=tokens_per_second)
+
+    def finish(self) -> None:
+        self._progress.stop()
+
+
+def describe_evaluation(metrics: Mapping[str, float]) -> str:
+    """`held-out loss 1.8857  perplexity 6.591  bits_per_byte 2.721`, for people."""
+    names = {"eval/loss": "held-out loss"}
+    return "  ".join(f"{names.get(name, name.removeprefix('eval/'))} {value:.4f}" for name, value in metrics.items())
+
+
+def make_reporter(quiet: bool) -> Reporter:
+    """The form that fits standard output."""
+    if quiet:
+        return Reporter()
+    return TerminalReporter() if sys.stdout.isatty() else PlainReporter()

@@ -1,0 +1,101 @@
+"""One training step, a pure function; how it is spread over devices is `parallel.py`'s matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+Parameters = Any
+Batch = Mapping[str, Array]
+# (parameters, batch, a dropout key for each row or None) -> (sum of the loss, sum of the weights)
+Loss = Callable[[Parameters, Batch, Key[Array, " B"] | None], tuple[Float[Array, ""], Float[Array, ""]]]
+Reduce = Callable[[Any], Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run carries from one step to the next. Data order and dropout follow from the seed and `step`."""
+
+    step: Int[Array, ""]
+    parameters: Parameters
+    optimizer_state: optax.OptState
+
+
+def identity(tree: Any) -> Any:
+    """The `reduce` of a single device, or of a program over global arrays: there is nothing to add up."""
+    return tree
+
+
+def row_keys(seed: int, step: Int[Array, ""], rows: Int[Array, " B"]) -> Key[Array, " B"]:
+    """The dropout key of each row, from (seed, step, row of the global batch): never from the device."""
+    at_step = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(at_step, rows)
+
+
+def loss_and_gradients(
+    loss: Loss, parameters: Parameters, batch: Batch, keys: Key[Array, " B"], micro_batches: int
+) -> tuple[Float[Array, ""], Float[Array, ""], Parameters]:
+    """Sums over the batch of loss, weight and gradients, computed in `micro_batches` equal parts one after another.
+
+    Sums, not means: parts with fewer real tokens count for less, and the caller divides once.
+    """
+
+    def of_part(part: tuple[Batch, Key[Array, " b"]]) -> tuple[Any, Any, Any]:
+        (total, weight), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, *part)
+        return total, weight, gradients
+
+    if micro_batches == 1:
+        return of_part((batch, keys))
+    parts = jax.tree.map(lambda x: x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:]), (batch, keys))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts)))
+    sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None), zeros, parts)
+    return sums
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    position: Float[Array, ""],
+    *,
+    loss: Loss,
+    optimizer: optax.GradientTransformationExtraArgs,
+    seed: int,
+    micro_batches: int = 1,
+    reduce: Reduce = identity,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimiser step on one global batch.
+
+    Args:
+        state: parameters, optimiser state and step before.
+        batch: this device's rows; `batch["row"]` is each row's place in the global batch.
+        position: where in the schedule this step stands, in steps.
+        loss: the task's, see `Loss`.
+        reduce: adds a tree up over the devices (`psum` under pmap).
+
+    Returns:
+        The state after, and the metrics of this step: `loss` (mean over the weights, nats), `gradient_norm` (before
+        clipping) and `tokens` (the sum of the weights).
+    """
+    keys = row_keys(seed, state.step, batch["row"])
+    sums = loss_and_gradients(loss, state.parameters, batch, keys, micro_batches)
+    total, weight, gradients = reduce(sums)
+    gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+    updates, optimizer_state = optimizer.update(
+        gradients, state.optimizer_state, state.parameters, position=position
+    )
+    parameters = optax.apply_updates(state.parameters, updates)
+    metrics = {"loss": total / weight, "gradient_norm": optax.global_norm(gradients), "tokens": weight}
+    return TrainState(state.step + 1, parameters, optimizer_state), metrics
+
+
+def evaluate_step(
+    parameters: Parameters, batch: Batch, *, loss: Loss, reduce: Reduce = identity
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Loss and weight of one evaluation batch, summed over devices, without dropout."""
+    return reduce(loss(parameters, batch, None))
