@@ -23,7 +23,7 @@ _HOMES = {
     "train": "api",
     "recipe": "recipes",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 __version__ = "0.1.0"
 
 prepare_backend()  # the one import-time side effect: XLA reads its flags only once

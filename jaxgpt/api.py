@@ -19,7 +19,7 @@ from jaxgpt.environment import use_compilation_cache
 from jaxgpt.generation.decode import Decoder
 from jaxgpt.models.gpt import Parameters, init_cache, init_parameters, next_token_logits
 from jaxgpt.storage.checkpoint import Checkpoints
-from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path, write_atomically
+from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path
 from jaxgpt.tasks.lm import LanguageModelling
 from jaxgpt.training import loop, metrics
 from jaxgpt.training.parallel import Layout, choose_layout
@@ -28,8 +28,7 @@ from jaxgpt.training.report import Reporter, describe_evaluation
 RUNS = Path("runs")
 # What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
 FREE_ON_RESUME = frozenset(
-    "steps max-seconds out resume quiet tensorboard eval-interval checkpoint-interval log-interval sample-tokens "
-    "data.path data.cache parallel.strategy parallel.devices parallel.gradient-accumulation".split()
+    ["steps", "max-seconds", "out", "resume", "quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-interval", "sample-tokens", "data.path", "data.cache", "parallel.strategy", "parallel.devices", "parallel.gradient-accumulation"]
 )
 
 
@@ -105,7 +104,9 @@ def _check_same_run(run: RunFolder, config: TrainConfig, text: TokenizedText) ->
     saved = flatten(from_dict(TrainConfig, description["config"]))
     for key, value in flatten(config).items():
         if key not in FREE_ON_RESUME and value != saved[key]:
-            raise ValueError(f"{run.path} was trained with {key} {saved[key]}, not {value}; resume it without that flag")
+            raise ValueError(
+                f"{run.path} was trained with {key} {saved[key]}, not {value}; resume it without that flag"
+            )
     if description["data"] != text.fingerprint:
         raise ValueError(f"{run.path} was trained on other data than {', '.join(config.data.path) or 'this'}")
 
@@ -160,9 +161,7 @@ class LanguageModel:
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(
-            functools.partial(next_token_logits, self.config), functools.partial(init_cache, self.config, 1)
-        )
+        return Decoder(functools.partial(next_token_logits, self.config), functools.partial(init_cache, self.config, 1))
 
     def tokens(
         self,

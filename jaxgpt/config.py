@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -311,7 +312,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def suggestion(wrong: str, known: typing.Iterable[str]) -> str:
+def suggestion(wrong: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` for the known name nearest to `wrong`, or the list of those there are."""
     names = list(known)
     close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)

@@ -141,7 +141,8 @@ class KVCache:
 
         `length` itself moves once all layers have written: see `GPT`.
         """
-        start = (layer, 0, self.length, 0, 0)
+        zero = jnp.zeros((), self.length.dtype)  # all indices of one type, also where x64 is on
+        start = (layer, zero, self.length, zero, zero)
         keys = jax.lax.dynamic_update_slice(self.key, key[None].astype(self.key.dtype), start)
         values = jax.lax.dynamic_update_slice(self.value, value[None].astype(self.value.dtype), start)
         return self.replace(key=keys, value=values), keys[layer], values[layer]

@@ -100,7 +100,8 @@ class GPT(nn.Module):
         x = (embedding(tokens) + encoding(start + jnp.arange(length))).astype(c.compute_dtype)
         x = dropout(x, c.dropout, fold_in(dropout_keys, c.layers))
 
-        (x, cache), _ = _scan_over_layers(c)(c, name="blocks")((x, cache), jnp.arange(c.layers), dropout_keys)
+        layers = jnp.arange(c.layers, dtype=jnp.int32)
+        (x, cache), _ = _scan_over_layers(c)(c, name="blocks")((x, cache), layers, dropout_keys)
         if cache is not None:
             cache = cache.replace(length=cache.length + length)
         return layer_norm(c, "final_norm")(x), cache

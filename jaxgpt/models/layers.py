@@ -130,4 +130,3 @@ class MultiHeadAttention(nn.Module):
             heads = self_attention(query, key, value, mask=mask, **drops)
         y = Dense(width, self.bias, self.output_std, **dtypes, name="out")(heads.reshape(batch, length, width))
         return y, cache
-

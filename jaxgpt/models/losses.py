@@ -19,7 +19,7 @@ def unembed(hidden: Float[Array, "... D"], head: Float[Array, "V D"]) -> Float[A
 
 
 def cross_entropy(
-    logits: Float[Array, "... V"], targets: Int[Array, "..."], weights: Float[Array, "..."]
+    logits: Float[Array, "... V"], targets: Int[Array, ...], weights: Float[Array, ...]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Negative log-likelihood of the targets in nats: (weighted sum, sum of the weights).
 

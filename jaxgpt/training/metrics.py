@@ -58,9 +58,7 @@ def estimate_training_bytes(config: TrainConfig, parameters: int, vocab_size: in
     """
     model, length = config.model, config.sequence_length
     tokens = config.tokens_per_step // (devices * config.parallel.gradient_accumulation)
-    parameter_bytes, compute_bytes = (
-        jnp.dtype(d).itemsize for d in (model.parameter_dtype, model.compute_dtype)
-    )
+    parameter_bytes, compute_bytes = (jnp.dtype(d).itemsize for d in (model.parameter_dtype, model.compute_dtype))
     layer = 8 * model.width + 2 * model.hidden_width + model.heads * length // 2
     kept = model.layers * model.width + layer if model.remat else model.layers * layer
     return 4 * parameters * parameter_bytes + tokens * (kept * compute_bytes + 2 * vocab_size * 4)

@@ -79,9 +79,7 @@ def choose_layout(config: ParallelConfig, batch_size: int) -> Layout:
         raise ValueError(f"parallel.devices is {config.devices}, but there are {len(local)} local devices")
     wanted = config.devices or len(local)
     if batch_size % accumulation:
-        raise ValueError(
-            f"parallel.gradient-accumulation {accumulation} does not divide data.batch-size {batch_size}"
-        )
+        raise ValueError(f"parallel.gradient-accumulation {accumulation} does not divide data.batch-size {batch_size}")
     if config.strategy == "single":
         if config.devices not in (None, 1):
             raise ValueError(f"parallel.strategy single runs on one device, not {config.devices}")

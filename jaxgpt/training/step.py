@@ -53,7 +53,9 @@ def loss_and_gradients(
     if micro_batches == 1:
         return of_part((batch, keys))
     parts = jax.tree.map(lambda x: x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:]), (batch, keys))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts)))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+    )
     sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None), zeros, parts)
     return sums
 
@@ -86,9 +88,7 @@ def train_step(
     sums = loss_and_gradients(loss, state.parameters, batch, keys, micro_batches)
     total, weight, gradients = reduce(sums)
     gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
-    updates, optimizer_state = optimizer.update(
-        gradients, state.optimizer_state, state.parameters, position=position
-    )
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters, position=position)
     parameters = optax.apply_updates(state.parameters, updates)
     metrics = {"loss": total / weight, "gradient_norm": optax.global_norm(gradients), "tokens": weight}
     return TrainState(state.step + 1, parameters, optimizer_state), metrics

@@ -1,0 +1,40 @@
+"""Eight virtual devices stand in for accelerators; annotations of shapes and dtypes are checked on every call."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+# Most of a test's time is compilation. What is tested is what a program computes, not how fast; the whole-program tests
+# run with everything on.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+from jaxtyping import install_import_hook
+
+# Before anything imports jaxgpt: the hook rewrites functions as their modules are loaded.
+install_import_hook("jaxgpt", "beartype.beartype")
+
+from pathlib import Path
+
+import pytest
+
+import jaxgpt  # noqa: F401  (sets the number of threads the virtual devices need, before JAX starts)
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Data that does not belong to the project; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs {SHARED.name} beside the checkout, which is absent")
+    return SHARED
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test: equality in it is equality of the mathematics."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)

@@ -1,0 +1,77 @@
+"""Layers: each is what its paper says, in the shapes it promises."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.models.layers import MLP, Dense, MultiHeadAttention, PositionalEncoding, sinusoidal_positions
+
+
+def test_sinusoidal_positions_are_the_papers():
+    table = sinusoidal_positions(50, 16)
+    for t, i in [(0, 0), (3, 2), (49, 7)]:
+        angle = t / 10_000 ** (2 * i / 16)
+        np.testing.assert_allclose(table[t, 2 * i], np.sin(angle), atol=1e-5)
+        np.testing.assert_allclose(table[t, 2 * i + 1], np.cos(angle), atol=1e-5)
+
+
+def test_sinusoidal_positions_refuse_an_odd_width():
+    with pytest.raises(ValueError, match="even width, not 7"):
+        sinusoidal_positions(4, 7)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_positional_encoding_looks_rows_up(learned):
+    encoding = PositionalEncoding(context=10, width=6, learned=learned)
+    variables = encoding.init(jax.random.key(0), jnp.arange(10))
+    rows = encoding.apply(variables, jnp.array([7, 2]))
+    whole = encoding.apply(variables, jnp.arange(10))
+    np.testing.assert_array_equal(rows, whole[jnp.array([7, 2])])
+    assert bool(jax.tree.leaves(variables)) == learned
+
+
+def test_a_position_beyond_the_table_is_not_another_position():
+    encoding = PositionalEncoding(context=4, width=2)
+    variables = encoding.init(jax.random.key(0), jnp.arange(4))
+    assert np.isnan(encoding.apply(variables, jnp.array([4]))).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense_is_a_matrix_product_on_the_last_axis(bias):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5))
+    layer = Dense(4, bias=bias)
+    variables = layer.init(jax.random.key(1), x)
+    variables = jax.tree.map(lambda p: p + 0.1, variables)
+    expected = np.einsum("BTI,IO->BTO", x, variables["params"]["kernel"]) + (variables["params"]["bias"] if bias else 0)
+    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+    assert ("bias" in variables["params"]) == bias
+
+
+def test_mlp_is_two_products_around_gelu():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    layer = MLP(hidden=8, init_std=0.5, output_std=0.5)
+    variables = layer.init(jax.random.key(1), x)
+    up, down = variables["params"]["up"]["kernel"], variables["params"]["down"]["kernel"]
+    np.testing.assert_allclose(layer.apply(variables, x), nn.gelu(x @ up, approximate=True) @ down, atol=1e-5)
+
+
+def test_multi_head_attention_is_heads_side_by_side():
+    """Each head attends in its own slice: zeroing one head's values removes that head's part of the output alone."""
+    x = jax.random.normal(jax.random.key(0), (2, 9, 12))
+    layer = MultiHeadAttention(heads=3, init_std=0.5, output_std=0.5)
+    variables = layer.init(jax.random.key(1), x)
+    kernel = variables["params"]["qkv"]["kernel"]
+    whole, _ = layer.apply(variables, x)
+    parts = []
+    for head in range(3):
+        keep = jnp.zeros(36).at[:24].set(1).at[24 + 4 * head : 28 + 4 * head].set(1)
+        variables["params"]["qkv"]["kernel"] = kernel * keep
+        parts.append(layer.apply(variables, x)[0])
+    np.testing.assert_allclose(sum(parts), whole, atol=1e-5)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="5 heads do not divide the width 12"):
+        MultiHeadAttention(heads=5).init(jax.random.key(0), jnp.zeros((1, 2, 12)))
