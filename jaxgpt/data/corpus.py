@@ -1,0 +1,193 @@
+"""Text in: documents from files, folders, JSON lines, standard input, or the Python standard library's source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxgpt.config import DataConfig
+
+DEFAULT_BYTES = 8_000_000  # of the standard library's 12 MB: enough for minutes of training, quick to tokenise
+NOT_SOURCE = frozenset({"test", "tests", "idle_test", "idlelib", "site-packages", "lib2to3", "__pycache__", "turtledemo"})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, read anew each time they are iterated over, so that a large corpus need not fit into memory.
+
+    Attributes:
+        files: what is read, in order: text files (a document each) and .jsonl files (a document a line).
+        text_field: the field of a .jsonl line that holds the text.
+        standard_input: the text of standard input, for the entry "-".
+        skip_undecodable: leave files out that are not UTF-8, instead of refusing.
+        limit: stop before the document that would make more than so many bytes.
+    """
+
+    files: tuple[Path | None, ...]
+    text_field: str = "text"
+    standard_input: str = ""
+    skip_undecodable: bool = False
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the documents that are not empty, as they stand in the files (newlines unchanged).
+
+        Raises:
+            ValueError: not UTF-8 (file and byte offset), or a malformed .jsonl line (file and line number).
+            OSError: a file cannot be read.
+        """
+        size = 0
+        for path in self.files:
+            for text in self._documents(path):
+                size += len(text.encode("utf-8", "surrogatepass"))
+                if self.limit is not None and size > self.limit:
+                    return
+                if text:
+                    yield text
+
+    def _documents(self, path: Path | None) -> Iterator[str]:
+        if path is None:
+            yield self.standard_input
+        elif path.suffix == ".jsonl":
+            yield from _json_lines(path, self.text_field)
+        else:
+            try:
+                yield _decode(path.read_bytes(), str(path))
+            except ValueError:
+                if not self.skip_undecodable:
+                    raise
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Find the files of `config.path`; with none, the embedded default (see `standard_library`).
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a folder without a file in it.
+        ValueError: standard input that is not UTF-8.
+    """
+    if not config.path:
+        return standard_library()
+    files: list[Path | None] = []
+    text = ""
+    for entry in config.path:
+        if entry == "-":
+            text = _decode(sys.stdin.buffer.read(), "standard input") if not files.count(None) else text
+            files.append(None)
+            continue
+        path = Path(entry)
+        if not path.exists():
+            raise FileNotFoundError(f"data.path: there is no file or folder {path}")
+        found = sorted(_visible_files(path)) if path.is_dir() else [path]
+        if not found:
+            raise FileNotFoundError(f"data.path: the folder {path} has no file in it")
+        files += found
+    return Corpus(tuple(files), config.text_field, text)
+
+
+def standard_library() -> Corpus:
+    """The source of the Python standard library on this machine: real text that needs no download.
+
+    Sorted by path, tests and installed packages left out, the first 8 MB of it.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in root.rglob("*.py") if not NOT_SOURCE.intersection(path.relative_to(root).parts)]
+    return Corpus(tuple(sorted(files)), skip_undecodable=True, limit=DEFAULT_BYTES)
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file():
+            yield path
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from error
+
+
+def _json_lines(path: Path, field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(_decode(line, where))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}, is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}, is not a JSON object with a field {field!r}")
+            if field not in record:
+                raise ValueError(f"{where}, has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
+            if not isinstance(record[field], str):
+                raise ValueError(f"{where}: the field {field!r} is not text")
+            yield record[field]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which part of a corpus is held out, found in one pass over it.
+
+    One document: its first `1 - share` characters are trained on and the rest is held out. Several: whole documents
+    are held out, those with the smallest digests, so that the choice depends on no order, and equal documents are
+    always on the same side.
+    """
+
+    fingerprint: str
+    documents: int
+    single_train_characters: int
+    held_out_digests: frozenset[bytes]
+
+    def part(self, corpus: Corpus, held_out: bool) -> Iterator[str]:
+        """Yield the documents (or the part of the one) to train on, or those held out."""
+        for text in corpus:
+            if self.documents == 1:
+                yield text[self.single_train_characters :] if held_out else text[: self.single_train_characters]
+            elif (_digest(text) in self.held_out_digests) == held_out:
+                yield text
+
+
+def split_corpus(corpus: Corpus, share: float) -> Split:
+    """Decide what is held out: about `share` of the text.
+
+    Raises:
+        ValueError: no text at all, too little of it to split, or nothing but copies of one document.
+    """
+    sizes: dict[bytes, int] = {}
+    whole = hashlib.sha256()
+    count = total = characters = 0
+    for text in corpus:
+        digest, size = _digest(text), len(text.encode("utf-8", "surrogatepass"))
+        sizes[digest] = sizes.get(digest, 0) + size
+        whole.update(digest)
+        count, total, characters = count + 1, total + size, len(text)
+    if not count:
+        raise ValueError("the data holds no text: every document in it is empty")
+    if count == 1:
+        # nanoGPT's int(n * 0.9), without the rounding that makes 0.9 * 10 fall short of 9.
+        train = int(characters * (1 - share) + 1e-6)
+        if not 0 < train < characters:
+            raise ValueError(f"the data is one text of {characters} characters, too short to hold {share:.0%} of it out")
+        return Split(whole.hexdigest(), count, train, frozenset())
+    if len(sizes) == 1:
+        raise ValueError(f"the data is {count} copies of one document, so none can be held out")
+    held_out: set[bytes] = set()
+    size = 0
+    for digest in sorted(sizes)[:-1]:
+        if size >= share * total:
+            break
+        held_out.add(digest)
+        size += sizes[digest]
+    return Split(whole.hexdigest(), count, 0, frozenset(held_out))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,192 @@
+"""Text to token ids and back: bytes, characters, or a byte-level BPE, each one Rust `tokenizers` object.
+
+All three are BPE models of that library, bytes and characters simply without merges; so each is saved as one
+`tokenizer.json`, and other programs can read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<|unknown|>"
+
+
+class Tokenizer:
+    """Encodes and decodes text. User text never becomes a special token: "<|endoftext|>" is spelled out like any other.
+
+    `decode(encode(text)) == text` for every valid string where the vocabulary covers bytes, and for every string that
+    a character vocabulary accepts.
+    """
+
+    def __init__(self, rust: tokenizers.Tokenizer) -> None:
+        """Wrap a Rust tokenizer.
+
+        Raises:
+            ValueError: it has no end-of-text token.
+        """
+        rust.encode_special_tokens = True  # not saved in the JSON, so set for every object
+        self._rust = rust
+        end_of_text = rust.token_to_id(END_OF_TEXT)
+        if end_of_text is None:
+            raise ValueError(f"the tokenizer has no {END_OF_TEXT} token, which separates documents")
+        self.end_of_text: int = end_of_text
+        vocabulary = rust.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        # A BPE without byte fallback and without an unknown token drops what it does not know and says nothing.
+        model = json.loads(rust.to_str())
+        by_bytes = "ByteLevel" in json.dumps(model.get("pre_tokenizer"))
+        self._alphabet = None if by_bytes or model["model"].get("unk_token") else frozenset(vocabulary)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`.
+
+        Raises:
+            ValueError: a character outside a character vocabulary (named, with its position), or a lone surrogate.
+        """
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text (int64 arrays), on all cores. Raises as `encode` does."""
+        for text in texts:
+            self._check(text)
+        return [np.array(encoding.ids, np.int64) for encoding in self._rust.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`; special tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
+        return self._rust.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of `ids` in pieces as they come, a piece only once its characters are whole."""
+        decoder, pending = decoders.DecodeStream(skip_special_tokens=True), []
+        for token in ids:
+            pending.append(token)
+            piece = decoder.step(self._rust, token)
+            if piece is not None:
+                pending = []
+                yield piece
+        if rest := self.decode(pending):  # a character that never became whole
+            yield rest
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self._rust.to_str(pretty=True), "utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything that decides the ids."""
+        return hashlib.sha256(self._rust.to_str().encode()).hexdigest()
+
+    def _check(self, text: str) -> None:
+        if self._alphabet is not None and not self._alphabet.issuperset(text):
+            position, character = next((n, c) for n, c in enumerate(text) if c not in self._alphabet)
+            raise ValueError(
+                f"the character {character!r} (U+{ord(character):04X}) at position {position} is not in the "
+                f"tokenizer's vocabulary of {self.vocab_size} characters"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at position {error.start}, "
+                "which is no character"
+            ) from error
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 byte tokens, the id is the byte, and end-of-text."""
+    rust = tokenizers.Tokenizer(models.BPE(_byte_vocabulary(), []))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(rust)
+
+
+def character_tokenizer(texts: Iterable[str], unknown: Literal["error", "token"] = "error") -> Tokenizer:
+    """The characters of `texts` in code-point order, then, if asked for, an unknown token, and end-of-text."""
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    names = sorted(characters) + ([UNKNOWN] if unknown == "token" else [])
+    vocabulary = {name: number for number, name in enumerate(names)}
+    options: dict[str, Any] = {"unk_token": UNKNOWN} if unknown == "token" else {}
+    rust = tokenizers.Tokenizer(models.BPE(vocabulary, [], **options))
+    rust.decoder = decoders.Fuse()
+    rust.add_special_tokens([*([UNKNOWN] if unknown == "token" else []), END_OF_TEXT])
+    return Tokenizer(rust)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019, section 2.2) of `vocab_size` tokens.
+
+    The last id is end-of-text, as in GPT-2. A small corpus may not have so many pairs; then there are fewer tokens.
+    """
+    rust = tokenizers.Tokenizer(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=sorted(_byte_vocabulary()), show_progress=False
+    )
+    rust.train_from_iterator(texts, trainer)
+    rust.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(rust)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load a tokenizer.json, or a folder with one, or with GPT-2's two files under either of their names.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer at `path`.
+        ValueError: what is there cannot be read; the file is named.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no tokenizer at {path}")
+        return _guarded(path, lambda: tokenizers.Tokenizer.from_str(path.read_text("utf-8")))
+    if (path / "tokenizer.json").is_file():
+        return load_tokenizer(path / "tokenizer.json")
+    for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (path / vocabulary).is_file() and (path / merges).is_file():
+            return _guarded(path, lambda: _from_gpt2_files(path / vocabulary, path / merges))  # noqa: B023
+    raise FileNotFoundError(f"{path} has no tokenizer.json, no vocab.json with merges.txt, no encoder.json with vocab.bpe")
+
+
+def _from_gpt2_files(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
+    rust = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens([END_OF_TEXT])
+    return rust
+
+
+def _guarded(path: Path, read: Callable[[], tokenizers.Tokenizer]) -> Tokenizer:
+    """Turn whatever a damaged file makes the Rust library do into one error that names the file."""
+    try:
+        return Tokenizer(read())
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # Rust panics arrive as PanicException, which is no Exception
+        raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table) -> the byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    stands_for = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return {stands_for[byte]: byte for byte in range(256)}
