@@ -28,12 +28,14 @@ from jaxgpt.training.report import Reporter, describe_evaluation
 RUNS = Path("runs")
 # What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
 FREE_ON_RESUME = frozenset(
-    ["steps", "max-seconds", "out", "resume", "quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-interval", "sample-tokens", "data.path", "data.cache", "parallel.strategy", "parallel.devices", "parallel.gradient-accumulation"]
+    {"steps", "max-seconds", "out", "resume", "quiet", "tensorboard", "sample-tokens", "data.path", "data.cache"}
+    | {"eval-interval", "checkpoint-interval", "log-interval"}
+    | {"parallel.strategy", "parallel.devices", "parallel.gradient-accumulation"}
 )
 
 
 def run_path(config: TrainConfig, recipe: str) -> Path:
-    """The folder a run goes to: `config.out`, else the latest of this recipe's under runs/ to resume, else a new one."""
+    """The folder a run goes to: `config.out`; else, under runs/, the recipe's latest to resume, or a new one."""
     if config.out is not None:
         return Path(config.out)
     latest = latest_run_path(RUNS, recipe) if config.resume == "latest" else None

@@ -16,10 +16,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from jaxgpt import recipes
-from jaxgpt.config import SamplingConfig, TrainConfig, flatten, from_dict, require, suggestion
+from jaxgpt.config import SamplingConfig, TrainConfig, from_dict, require, suggestion
 from jaxgpt.training.report import make_reporter
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -114,7 +114,6 @@ def _train(arguments: list[str]) -> int:
     recipe = named or "default"
     if any(argument in ("-h", "--help") for argument in arguments):
         print(TRAIN_USAGE.format(recipes=recipes.describe()))
-    arguments = _spell_out_resume(arguments)
     config = parse(TrainConfig, arguments, default=recipes.recipe(recipe))
 
     # Everything below needs JAX; what is above answers without it.
@@ -135,16 +134,6 @@ def _train(arguments: list[str]) -> int:
     outcome, run = api.train(config, recipe=recipe, report=report)
     report.say(api.summary(outcome, run))
     return STOPPED if outcome.interrupted else 0
-
-
-def _spell_out_resume(arguments: list[str]) -> list[str]:
-    """A bare `--resume` means `--resume latest`."""
-    spelled = []
-    for position, argument in enumerate(arguments):
-        following = arguments[position + 1 : position + 2]
-        bare = argument == "--resume" and (not following or following[0].startswith("-"))
-        spelled += [argument, "latest"] if bare else [argument]
-    return spelled
 
 
 def _generate(arguments: list[str]) -> int:
@@ -172,7 +161,7 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], arguments: list[str], default: T | None = None) -> T:
-    """Turn flags into a dataclass.
+    """Turn flags into a dataclass. A bare `--quiet` means `--quiet True`, a bare `--resume` means `--resume latest`.
 
     Raises:
         ValueError: an unknown flag (the nearest is named) or a value that does not fit, in one sentence.
@@ -180,24 +169,34 @@ def parse(kind: type[T], arguments: list[str], default: T | None = None) -> T:
     """
     import tyro
 
-    known = [f"--{name}" for name in (flatten(default) if default is not None else _flags(kind))]
-    for argument in arguments:
-        flag = argument.split("=")[0]
-        if flag.startswith("--") and flag not in (*known, "--help"):
-            raise ValueError(f"there is no setting {flag}{suggestion(flag, known)}")
+    settings = _settings(kind)
+    spelled: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        flag, equals, _ = argument.partition("=")
+        if flag.startswith("--") and flag not in settings and flag != "--help":
+            raise ValueError(f"there is no setting {flag}{suggestion(flag, settings)}")
+        bare = flag in settings and not equals and following.startswith("--")
+        spelled.append(argument)
+        if bare and (settings[flag] is bool or flag == "--resume"):
+            spelled.append("latest" if flag == "--resume" else "True")
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             options: dict[str, Any] = {} if default is None else {"default": default}
-            return tyro.cli(kind, args=arguments, config=(tyro.conf.FlagConversionOff,), **options)
+            return tyro.cli(kind, args=spelled, config=(tyro.conf.FlagConversionOff,), **options)
     except SystemExit as end:
         if not end.code:
             raise
         raise ValueError(_first_sentence(errors.getvalue())) from None
 
 
-def _flags(kind: type) -> list[str]:
-    return [item.name.replace("_", "-") for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
+def _settings(kind: type, prefix: str = "--") -> dict[str, Any]:
+    """The flags of a dataclass, those of the dataclasses in it included, and the type of each."""
+    flags: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        flag = prefix + name.replace("_", "-")
+        flags |= _settings(hint, flag + ".") if dataclasses.is_dataclass(hint) else {flag: hint}
+    return flags
 
 
 def _first_sentence(box: str) -> str:

@@ -121,7 +121,7 @@ class DataConfig:
         require(0.0 < self.held_out < 1.0, f"data.held-out is {self.held_out}; it must be between 0 and 1")
         require(
             self.vocab_size >= 257,
-            f"data.vocab-size is {self.vocab_size}; a byte-level BPE has at least 257 tokens (256 bytes and end-of-text)",
+            f"data.vocab-size is {self.vocab_size}; a byte-level BPE has at least 257 (256 bytes and end-of-text)",
         )
         length = self.sequence_length
         require(length is None or length >= 1, f"data.sequence-length is {length}; it must be at least 1")

@@ -13,7 +13,11 @@ from pathlib import Path
 from jaxgpt.config import DataConfig
 
 DEFAULT_BYTES = 8_000_000  # of the standard library's 12 MB: enough for minutes of training, quick to tokenise
-NOT_SOURCE = frozenset({"test", "tests", "idle_test", "idlelib", "site-packages", "lib2to3", "__pycache__", "turtledemo"})
+# Tests, installed packages, programs; and `encodings`, which is tables of characters rather than Python.
+NOT_SOURCE = frozenset(
+    {"test", "tests", "idle_test", "idlelib", "site-packages", "lib2to3", "__pycache__", "turtledemo", "encodings"}
+    | {"pydoc_data", "ensurepip"}
+)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,9 @@ def split_corpus(corpus: Corpus, share: float) -> Split:
         # nanoGPT's int(n * 0.9), without the rounding that makes 0.9 * 10 fall short of 9.
         train = int(characters * (1 - share) + 1e-6)
         if not 0 < train < characters:
-            raise ValueError(f"the data is one text of {characters} characters, too short to hold {share:.0%} of it out")
+            raise ValueError(
+                f"the data is one text of {characters} characters, too short to hold {share:.0%} of it out"
+            )
         return Split(whole.hexdigest(), count, train, frozenset())
     if len(sizes) == 1:
         raise ValueError(f"the data is {count} copies of one document, so none can be held out")

@@ -164,7 +164,9 @@ def read_tokens(folder: Path, fingerprint: str) -> TokenizedText:
         streams = [_open_split(folder, index[name], index["vocab_size"]) for name in ("train", "held_out")]
     except (KeyError, TypeError, AttributeError, OSError, ValueError, EOFError) as error:
         reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{path.name} lacks {error}"
-        raise ValueError(f"the tokens in {folder} are damaged: {reason}; delete that folder to make them anew") from error
+        raise ValueError(
+            f"the tokens in {folder} are damaged: {reason}; delete that folder to make them anew"
+        ) from error
     return TokenizedText(load_tokenizer(folder / "tokenizer.json"), fingerprint, *streams)
 
 

@@ -163,7 +163,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (path / vocabulary).is_file() and (path / merges).is_file():
             return _guarded(path, lambda: _from_gpt2_files(path / vocabulary, path / merges))  # noqa: B023
-    raise FileNotFoundError(f"{path} has no tokenizer.json, no vocab.json with merges.txt, no encoder.json with vocab.bpe")
+    raise FileNotFoundError(
+        f"{path} has no tokenizer.json, no vocab.json with merges.txt, no encoder.json with vocab.bpe"
+    )
 
 
 def _from_gpt2_files(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:

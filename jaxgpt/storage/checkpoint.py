@@ -89,7 +89,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the lowest held-out loss; the newest if none was measured; None if there is none."""
+        """Step of the checkpoint with the lowest held-out loss; without any, the newest; None if there is none."""
         self.wait()
         measured = [c for c in self._checkpointer.checkpoints if c.metrics and METRIC in c.metrics]
         if measured:
