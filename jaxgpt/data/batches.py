@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -111,10 +112,9 @@ def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) ->
 
     def put(item: tuple[T | None, BaseException | None]) -> None:
         while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
 
     def work() -> None:
         try:
