@@ -237,10 +237,9 @@ def load(path: str | os.PathLike[str], *, checkpoint: Literal["best", "last"] = 
     run = RunFolder(Path(path))
     config = from_dict(TrainConfig, run.describe()["config"]).model
     checkpoints = Checkpoints(run.checkpoints, read_only=True)
-    steps = checkpoints.steps
-    if not steps:
+    step = checkpoints.latest_step if checkpoint == "last" else checkpoints.best_step
+    if step is None:
         raise FileNotFoundError(f"{run.path} has no checkpoint yet")
-    step = steps[-1] if checkpoint == "last" else checkpoints.best_step
     shape = jax.eval_shape(functools.partial(init_parameters, config), jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     trees, _ = checkpoints.restore(step, {"parameters": shape}, device)

@@ -195,7 +195,8 @@ def _settings(kind: type, prefix: str = "--") -> dict[str, Any]:
     flags: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         flag = prefix + name.replace("_", "-")
-        flags |= _settings(hint, flag + ".") if dataclasses.is_dataclass(hint) else {flag: hint}
+        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        flags |= _settings(hint, flag + ".") if nested else {flag: hint}
     return flags
 
 

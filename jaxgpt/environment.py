@@ -53,7 +53,7 @@ def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that a second start is quick; a cache the user has set up is left alone."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     # Compiled for this processor by this jaxlib: entries of others are at best useless.
     version = f"{importlib.metadata.version('jaxlib')}-{platform.machine()}"

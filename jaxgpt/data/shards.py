@@ -132,7 +132,7 @@ def _write_split(folder: Path, name: str, documents: Iterator[str], tokenizer: T
     for number, tokens in enumerate(_in_shards(pieces(), dtype)):
         file = f"{name}-{number:05d}.npy"
         np.save(folder / file, tokens, allow_pickle=False)
-        description["shards"].append({"file": file, "tokens": len(tokens), "crc32": zlib.crc32(tokens)})
+        description["shards"].append({"file": file, "tokens": len(tokens), "crc32": zlib.crc32(tokens.data)})
     return description
 
 
@@ -180,7 +180,7 @@ def _open_split(folder: Path, description: dict[str, Any], vocab_size: int) -> T
         tokens = np.load(folder / name, mmap_mode="r", allow_pickle=False)
         if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or len(tokens) != entry["tokens"]:
             raise ValueError(f"{name} does not have the shape it was written with")
-        if zlib.crc32(tokens) != entry["crc32"]:
+        if zlib.crc32(tokens.data) != entry["crc32"]:
             raise ValueError(f"{name} does not have the checksum it was written with")
         if len(tokens) and int(tokens.max()) >= vocab_size:
             raise ValueError(f"{name} has token {int(tokens.max())}, beyond the vocabulary of {vocab_size}")

@@ -6,6 +6,8 @@ D model width, F hidden width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import flax.struct
@@ -111,10 +113,11 @@ def masked_self_attention(
     `implementation`: "reference" (full score matrix), "blocked", or "auto": blocked beyond one block of queries.
     """
     length = query.shape[1]
-    options = {"dropout_rate": dropout_rate, "dropout_keys": dropout_keys}
     if implementation == "blocked" or (implementation == "auto" and length > QUERY_BLOCK):
-        return blocked_masked_self_attention(query, key, value, **options)
-    return self_attention(query, key, value, mask=causal_mask(length, length), **options)
+        attend = blocked_masked_self_attention
+    else:
+        attend = functools.partial(self_attention, mask=causal_mask(length, length))
+    return attend(query, key, value, dropout_rate=dropout_rate, dropout_keys=dropout_keys)
 
 
 @flax.struct.dataclass
@@ -145,4 +148,4 @@ class KVCache:
         start = (layer, zero, self.length, zero, zero)
         keys = jax.lax.dynamic_update_slice(self.key, key[None].astype(self.key.dtype), start)
         values = jax.lax.dynamic_update_slice(self.value, value[None].astype(self.value.dtype), start)
-        return self.replace(key=keys, value=values), keys[layer], values[layer]
+        return dataclasses.replace(self, key=keys, value=values), keys[layer], values[layer]

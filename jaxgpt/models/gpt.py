@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -37,17 +38,14 @@ class Block(nn.Module):
         c = self.config
         x, cache = carry
         keys = fold_in(dropout_keys, layer)
-        residual_std = c.init_std / math.sqrt(2 * c.layers)
-        shared = {"parameter_dtype": c.parameter_dtype, "compute_dtype": c.compute_dtype}
-        projections = {"bias": c.bias, "init_std": c.init_std, "output_std": residual_std} | shared
-
         attention = MultiHeadAttention(
-            c.heads, dropout=c.dropout, implementation=c.attention, **projections, name="attention"
-        )
+            c.heads, c.bias, c.init_std, residual_std(c), c.dropout, c.attention, c.parameter_dtype, c.compute_dtype,
+            name="attention",
+        )  # fmt: skip
+        mlp = MLP(c.hidden_width, c.bias, c.init_std, residual_std(c), c.parameter_dtype, c.compute_dtype, name="mlp")
+
         attended, cache = attention(layer_norm(c, "attention_norm")(x), cache, layer, fold_in(keys, 0))
         x = x + dropout(attended, c.dropout, fold_in(keys, 1))
-
-        mlp = MLP(c.hidden_width, **projections, name="mlp")
         x = x + dropout(mlp(layer_norm(c, "mlp_norm")(x)), c.dropout, fold_in(keys, 2))
         return (x, cache), None
 
@@ -103,7 +101,7 @@ class GPT(nn.Module):
         layers = jnp.arange(c.layers, dtype=jnp.int32)
         (x, cache), _ = _scan_over_layers(c)(c, name="blocks")((x, cache), layers, dropout_keys)
         if cache is not None:
-            cache = cache.replace(length=cache.length + length)
+            cache = dataclasses.replace(cache, length=cache.length + length)
         return layer_norm(c, "final_norm")(x), cache
 
 
@@ -117,6 +115,11 @@ def layer_norm(config: GPTConfig, name: str) -> nn.LayerNorm:
         param_dtype=config.parameter_dtype,
         name=name,
     )
+
+
+def residual_std(config: GPTConfig) -> float:
+    """Initial scale of what is added to the residual stream 2 L times (Radford et al. 2019, section 2.3)."""
+    return config.init_std / math.sqrt(2 * config.layers)
 
 
 def _scan_over_layers(config: GPTConfig) -> Any:
@@ -166,6 +169,6 @@ def next_token_logits(
     What lies beyond `count` is padding (so that few lengths are compiled): later positions change no earlier one, and
     the cache that comes back does not count it.
     """
-    hidden, extended = GPT(config).apply({"params": parameters}, tokens, cache=cache)
+    hidden, extended = cast(tuple[Array, KVCache], GPT(config).apply({"params": parameters}, tokens, cache=cache))
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
-    return unembed(last, output_head(parameters)), extended.replace(length=cache.length + count)
+    return unembed(last, output_head(parameters)), dataclasses.replace(extended, length=cache.length + count)

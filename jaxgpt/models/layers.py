@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -81,9 +82,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        dtypes = {"parameter_dtype": self.parameter_dtype, "compute_dtype": self.compute_dtype}
-        hidden = Dense(self.hidden, self.bias, self.init_std, **dtypes, name="up")(x)
-        return Dense(x.shape[-1], self.bias, self.output_std, **dtypes, name="down")(nn.gelu(hidden, approximate=True))
+        dense = partial(Dense, parameter_dtype=self.parameter_dtype, compute_dtype=self.compute_dtype)
+        hidden = dense(self.hidden, self.bias, self.init_std, name="up")(x)
+        return dense(x.shape[-1], self.bias, self.output_std, name="down")(nn.gelu(hidden, approximate=True))
 
 
 class MultiHeadAttention(nn.Module):
@@ -116,17 +117,17 @@ class MultiHeadAttention(nn.Module):
         batch, length, width = x.shape
         if width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width {width}")
-        dtypes = {"parameter_dtype": self.parameter_dtype, "compute_dtype": self.compute_dtype}
-        qkv = Dense(3 * width, self.bias, self.init_std, **dtypes, name="qkv")(x)
+        dense = partial(Dense, parameter_dtype=self.parameter_dtype, compute_dtype=self.compute_dtype)
+        qkv = dense(3 * width, self.bias, self.init_std, name="qkv")(x)
         query, key, value = (
             part.reshape(batch, length, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
         )
-        drops = {"dropout_rate": self.dropout, "dropout_keys": dropout_keys}
         if cache is None or layer is None:
-            heads = masked_self_attention(query, key, value, implementation=self.implementation, **drops)
+            attend = partial(masked_self_attention, implementation=self.implementation)
         else:
             mask = causal_mask(length, cache.capacity, cache.length)
             cache, key, value = cache.insert(layer, key, value)
-            heads = self_attention(query, key, value, mask=mask, **drops)
-        y = Dense(width, self.bias, self.output_std, **dtypes, name="out")(heads.reshape(batch, length, width))
+            attend = partial(self_attention, mask=mask)
+        heads = attend(query, key, value, dropout_rate=self.dropout, dropout_keys=dropout_keys)
+        y = dense(width, self.bias, self.output_std, name="out")(heads.reshape(batch, length, width))
         return y, cache

@@ -88,13 +88,18 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint; None if there is none."""
+        return max(self.steps, default=None)
+
+    @property
     def best_step(self) -> int | None:
         """Step of the checkpoint with the lowest held-out loss; without any, the newest; None if there is none."""
         self.wait()
         measured = [c for c in self._checkpointer.checkpoints if c.metrics and METRIC in c.metrics]
         if measured:
             return min(measured, key=lambda c: c.metrics[METRIC]).step
-        return max(self.steps, default=None)
+        return self.latest_step
 
     def restore(self, step: int, shapes: Trees, sharding: jax.sharding.Sharding) -> tuple[Trees, dict[str, Any]]:
         """Read trees of the checkpoint of `step` and check every leaf; return them and the saved `extra`.
@@ -130,9 +135,13 @@ def checksums(tree: Any) -> dict[str, int]:
     """CRC-32 of the bytes of every leaf, by its path in the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(np.ascontiguousarray(leaf))
-        for path, leaf in leaves
+        jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(_bytes_of(leaf)) for path, leaf in leaves
     }
+
+
+def _bytes_of(leaf: Any) -> memoryview:
+    # Viewed as bytes first: the buffer protocol does not know bfloat16.
+    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data
 
 
 def _root_cause(error: BaseException) -> str:

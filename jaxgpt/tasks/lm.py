@@ -17,7 +17,7 @@ from jaxgpt.data.shards import TokenizedText
 from jaxgpt.generation.decode import Decoder
 from jaxgpt.models.gpt import GPT, Parameters, init_cache, init_parameters, next_token_logits, output_head
 from jaxgpt.models.losses import cross_entropy, unembed
-from jaxgpt.training.step import Batch
+from jaxgpt.training.step import Batch, Loss
 
 
 def loss(
@@ -47,7 +47,7 @@ class LanguageModelling:
         self._windows = WindowBatches(text.train, length, size, config.seed)
         self.evaluation_batches = functools.partial(evaluation_batches, text.held_out, length, size)
         self.init = functools.partial(init_parameters, config.model)
-        self.loss = functools.partial(loss, config.model)
+        self.loss: Loss = functools.partial(loss, config.model)
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, made ahead of time in a thread."""

@@ -162,16 +162,16 @@ class _Loop:
 
     def _start(self) -> TrainState:
         """The newest checkpoint, or the initial state."""
-        steps = self.checkpoints.steps
-        if not steps:
+        latest = self.checkpoints.latest_step
+        if latest is None:
             return jax.device_put(jax.jit(self.initial_state)(), self.layout.replicated)
         shapes = _trees(jax.eval_shape(self.initial_state))
-        trees, extra = self.checkpoints.restore(steps[-1], shapes, self.layout.replicated)
-        self.run_folder.rewind(steps[-1])
+        trees, extra = self.checkpoints.restore(latest, shapes, self.layout.replicated)
+        self.run_folder.rewind(latest)
         self.started -= extra["seconds"]
         self.evaluation = extra["evaluation"]
-        self.report.say(f"resuming at step {steps[-1]:,}")
-        step = jax.device_put(jnp.asarray(steps[-1], jnp.int32), self.layout.replicated)
+        self.report.say(f"resuming at step {latest:,}")
+        step = jax.device_put(jnp.asarray(latest, jnp.int32), self.layout.replicated)
         return TrainState(step, trees["parameters"], trees["optimizer"])
 
     @property
@@ -196,8 +196,8 @@ class _Loop:
         loss, norm, tokens = (float(metrics[name]) for name in ("loss", "gradient_norm", "tokens"))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-            kept = self.checkpoints.steps
-            where = f"the last good checkpoint is step {kept[-1]}" if kept else "no checkpoint had been saved yet"
+            kept = self.checkpoints.latest_step
+            where = "no checkpoint had been saved yet" if kept is None else f"the last good checkpoint is step {kept}"
             raise FloatingPointError(f"{what} at step {step}: stopped; {where}")
         now = time.monotonic()
         self.unlogged_seconds += now - self.last_settled
