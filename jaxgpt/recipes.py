@@ -21,9 +21,8 @@ def default() -> TrainConfig:
         model=GPTConfig(context=128, layers=4, heads=4, width=256, bias=False),
         data=DataConfig(tokenizer="bpe", vocab_size=4096, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=50),
-        steps=2000,
-        max_seconds=220,
-        eval_interval=500,
+        steps=500,
+        eval_interval=100,
     )
 
 

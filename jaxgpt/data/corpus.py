@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from pathlib import Path
 
 from jaxgpt.config import DataConfig
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write half of a pair, UTF-8 cannot
 DEFAULT_BYTES = 8_000_000  # of the standard library's 12 MB: enough for minutes of training, quick to tokenise
 # Tests, installed packages, programs; and `encodings`, which is tables of characters rather than Python.
 NOT_SOURCE = frozenset(
     {"test", "tests", "idle_test", "idlelib", "site-packages", "lib2to3", "__pycache__", "turtledemo", "encodings"}
     | {"pydoc_data", "ensurepip"}
 )
+MACHINE_SPECIFIC = "_sysconfigdata"  # how this Python was compiled: paths of the machine, in one generated module
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Corpus:
         size = 0
         for path in self.files:
             for text in self._documents(path):
-                size += len(text.encode("utf-8", "surrogatepass"))
+                size += len(text.encode())
                 if self.limit is not None and size > self.limit:
                     return
                 if text:
@@ -72,7 +75,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without a file in it.
-        ValueError: standard input that is not UTF-8.
+        ValueError: standard input that is not UTF-8, or a path that can be read only once, such as a pipe.
     """
     if not config.path:
         return standard_library()
@@ -86,6 +89,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         path = Path(entry)
         if not path.exists():
             raise FileNotFoundError(f"data.path: there is no file or folder {path}")
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"data.path: {path} is no regular file; pipe it to standard input and give -")
         found = sorted(_visible_files(path)) if path.is_dir() else [path]
         if not found:
             raise FileNotFoundError(f"data.path: the folder {path} has no file in it")
@@ -96,11 +101,15 @@ def open_corpus(config: DataConfig) -> Corpus:
 def standard_library() -> Corpus:
     """The source of the Python standard library on this machine: real text that needs no download.
 
-    Sorted by path, tests and installed packages left out, the first 8 MB of it.
+    Sorted by path; tests, installed packages, generated tables and what names the machine left out; the first 8 MB.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in root.rglob("*.py") if not NOT_SOURCE.intersection(path.relative_to(root).parts)]
-    return Corpus(tuple(sorted(files)), skip_undecodable=True, limit=DEFAULT_BYTES)
+    files = sorted(
+        path
+        for path in root.rglob("*.py")
+        if not NOT_SOURCE.intersection(path.relative_to(root).parts) and not path.name.startswith(MACHINE_SPECIFIC)
+    )
+    return Corpus(tuple(files), skip_undecodable=True, limit=DEFAULT_BYTES)
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
@@ -121,10 +130,11 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
-            if not line.strip():
+            text = _decode(line, where)
+            if not text.strip():
                 continue
             try:
-                record = json.loads(_decode(line, where))
+                record = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}, is not JSON: {error}") from error
             if not isinstance(record, dict):
@@ -133,6 +143,8 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
                 raise ValueError(f"{where}, has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
             if not isinstance(record[field], str):
                 raise ValueError(f"{where}: the field {field!r} is not text")
+            if not record[field].isascii() and SURROGATE.search(record[field]):
+                raise ValueError(f"{where}: the field {field!r} has half a character (\\ud800 to \\udfff)")
             yield record[field]
 
 
@@ -169,12 +181,13 @@ def split_corpus(corpus: Corpus, share: float) -> Split:
     whole = hashlib.sha256()
     count = total = characters = 0
     for text in corpus:
-        digest, size = _digest(text), len(text.encode("utf-8", "surrogatepass"))
+        digest, size = _digest(text), len(text.encode())
         sizes[digest] = sizes.get(digest, 0) + size
         whole.update(digest)
         count, total, characters = count + 1, total + size, len(text)
     if not count:
-        raise ValueError("the data holds no text: every document in it is empty")
+        names = ", ".join(str(path or "standard input") for path in corpus.files[:3])
+        raise ValueError(f"the data holds no text: {names}{' ...' if len(corpus.files) > 3 else ''} is empty")
     if count == 1:
         # nanoGPT's int(n * 0.9), without the rounding that makes 0.9 * 10 fall short of 9.
         train = int(characters * (1 - share) + 1e-6)
@@ -196,4 +209,4 @@ def split_corpus(corpus: Corpus, share: float) -> Split:
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(text.encode()).digest()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
+import tokenize
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from jaxgpt.data.corpus import Corpus, Split, open_corpus, split_corpus
 from jaxgpt.data.tokenizer import Tokenizer, byte_tokenizer, character_tokenizer, load_tokenizer, train_bpe
 from jaxgpt.environment import cache_folder
 
-FORMAT = 1
+FORMAT = 2
 SHARD_TOKENS = 2**26
 DOCUMENTS_AT_ONCE = 256  # encoded together, on all cores
 
@@ -32,7 +32,7 @@ DOCUMENTS_AT_ONCE = 256  # encoded together, on all cores
 class TokenStream:
     """The tokens of one split, in order, over any number of shards; `bytes` counts the UTF-8 text they stand for."""
 
-    shards: tuple[UInt[np.ndarray, " n"], ...]
+    shards: tuple[UInt[np.ndarray, " _"], ...]  # each of its own length
     documents: int
     bytes: int
 
@@ -103,14 +103,18 @@ def _write(folder: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, say
     temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         index: dict[str, Any] = {"format": FORMAT, "vocab_size": tokenizer.vocab_size}
+        index["tokenizer"] = tokenizer.fingerprint
         for name, held_out in (("train", False), ("held_out", True)):
             index[name] = _write_split(temporary, name, split.part(corpus, held_out), tokenizer)
         say(f"tokenised {(index['train']['bytes'] + index['held_out']['bytes']) / 1e6:.1f} MB of text")
         tokenizer.save(temporary / "tokenizer.json")
         (temporary / "index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         # Another process may have made the same folder meanwhile; the contents are the same, so either will do.
-        with contextlib.suppress(FileExistsError, OSError) if folder.is_dir() else contextlib.nullcontext():
+        try:
             temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -162,12 +166,14 @@ def read_tokens(folder: Path, fingerprint: str) -> TokenizedText:
         if index["format"] != FORMAT:
             raise ValueError(f"it is of format {index['format']}, not {FORMAT}")
         streams = [_open_split(folder, index[name], index["vocab_size"]) for name in ("train", "held_out")]
-    except (KeyError, TypeError, AttributeError, OSError, ValueError, EOFError) as error:
-        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{path.name} lacks {error}"
-        raise ValueError(
-            f"the tokens in {folder} are damaged: {reason}; delete that folder to make them anew"
-        ) from error
-    return TokenizedText(load_tokenizer(folder / "tokenizer.json"), fingerprint, *streams)
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        if tokenizer.fingerprint != index["tokenizer"]:
+            raise ValueError("tokenizer.json is not the one the text was tokenised with")
+    except (KeyError, TypeError, OSError, ValueError) as error:
+        unreadable = isinstance(error, (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError))
+        reason = f"{path.name} is not what was written" if unreadable else error
+        raise ValueError(f"damaged tokens in {folder}: {reason}; delete that folder to make them anew") from error
+    return TokenizedText(tokenizer, fingerprint, *streams)
 
 
 def _open_split(folder: Path, description: dict[str, Any], vocab_size: int) -> TokenStream:
@@ -176,8 +182,12 @@ def _open_split(folder: Path, description: dict[str, Any], vocab_size: int) -> T
         name = entry["file"]
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise ValueError(f"index.json names a file {name!r} outside the folder")
-        # Not larger than the system's memory: mapped, and read where it is needed.
-        tokens = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+        # Mapped, and read where it is needed: the tokens need not fit into memory. `open_memmap` takes arrays only,
+        # where `np.load` would also open an archive.
+        try:
+            tokens = np.lib.format.open_memmap(folder / name, mode="r")
+        except (ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:  # by what is wrong in its header
+            raise ValueError(f"{name} is not an array of tokens") from error
         if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or len(tokens) != entry["tokens"]:
             raise ValueError(f"{name} does not have the shape it was written with")
         if zlib.crc32(tokens.data) != entry["crc32"]:
@@ -185,4 +195,6 @@ def _open_split(folder: Path, description: dict[str, Any], vocab_size: int) -> T
         if len(tokens) and int(tokens.max()) >= vocab_size:
             raise ValueError(f"{name} has token {int(tokens.max())}, beyond the vocabulary of {vocab_size}")
         shards.append(tokens)
+    if not shards:
+        raise ValueError("index.json names no shard")
     return TokenStream(tuple(shards), description["documents"], description["bytes"])

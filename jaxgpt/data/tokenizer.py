@@ -35,6 +35,9 @@ class Tokenizer:
             ValueError: it has no end-of-text token.
         """
         rust.encode_special_tokens = True  # not saved in the JSON, so set for every object
+        # A file from elsewhere may ask for these, and text would be cut or filled up without a word.
+        rust.no_truncation()
+        rust.no_padding()
         self._rust = rust
         end_of_text = rust.token_to_id(END_OF_TEXT)
         if end_of_text is None:
@@ -59,7 +62,9 @@ class Tokenizer:
         """Return the ids of each text (int64 arrays), on all cores. Raises as `encode` does."""
         for text in texts:
             self._check(text)
-        return [np.array(encoding.ids, np.int64) for encoding in self._rust.encode_batch_fast(list(texts))]
+        # Without special tokens: a file from elsewhere may add some around every text it encodes.
+        encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; special tokens are left out, and bytes that are no UTF-8 become U+FFFD."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
-from jaxgpt.data.batches import WindowBatches, evaluation_batches, prefetch
+from jaxgpt.data.batches import WindowBatches, check_length, evaluation_batches, prefetch
 from jaxgpt.data.shards import TokenizedText
 from jaxgpt.generation.decode import Decoder
 from jaxgpt.models.gpt import GPT, Parameters, init_cache, init_parameters, next_token_logits, output_head
@@ -44,6 +44,7 @@ class LanguageModelling:
         """
         self._config, self._text = config, text
         length, size = config.sequence_length, config.data.batch_size
+        check_length(text.held_out, length, "held-out split")
         self._windows = WindowBatches(text.train, length, size, config.seed)
         self.evaluation_batches = functools.partial(evaluation_batches, text.held_out, length, size)
         self.init = functools.partial(init_parameters, config.model)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxgpt.training.step import Loss, Parameters, TrainState, evaluate_step, tr
 FIRST_STEPS = 20  # logged one by one, whatever the interval: a run that starts wrong shows it here
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is learned. The loop knows nothing else about it."""
 

@@ -1,0 +1,64 @@
+"""How tests run the real command line: in a process of its own, as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--model.layers 2 --model.heads 2 --model.width 16 --model.context 16 --data.tokenizer byte --sample-tokens 8"
+
+
+def write_text(folder: Path, size: int = 6000) -> Path:
+    """A text with some order in it, made by rule."""
+    path = folder / "text.txt"
+    path.write_text("".join(f"{n} times {n % 7} is {n * (n % 7)}.\n" for n in range(size // 16)), "utf-8")
+    return path
+
+
+def environment(cache: Path, devices: int = 1) -> dict[str, str]:
+    """The user's environment with `devices` virtual devices, all optimisations on, and a cache of its own."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
+    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+    return kept | {"JAXGPT_CACHE": str(cache), "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
+
+
+def start(arguments: str, cache: Path, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    """Start `python train.py ARGUMENTS` (or `jaxgpt ARGUMENTS` where they begin with another verb)."""
+    words = arguments.split()
+    command = ["-m", "jaxgpt", *words] if words[0] == "generate" else [str(ROOT / "train.py"), *words]
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment(cache, devices) | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(arguments: str, cache: Path, devices: int = 1, code: int = 0, cwd: Path = ROOT) -> tuple[str, str]:
+    """Run to the end, check the exit code, return what was printed to the two streams."""
+    process = start(arguments, cache, devices, cwd)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def metrics(folder: Path, name: str = "train/loss") -> dict[int, float]:
+    """Step -> value, from metrics.jsonl."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+def stop_after(process: subprocess.Popen[str], path: Path, number: signal.Signals) -> int:
+    """Send a signal once `path` exists; return the exit code."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    return process.returncode

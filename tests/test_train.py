@@ -1,0 +1,159 @@
+"""The whole program, from its command line: the same run on any number of devices and after any fault."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from program import SMALL, metrics, run, start, stop_after, write_text
+
+from jaxgpt.config import TrainConfig, from_dict
+from jaxgpt.storage.checkpoint import Checkpoints
+from jaxgpt.training.loop import initial_state
+from jaxgpt.training.optimizer import make_optimizer
+
+DROPOUT = "--model.dropout 0.2 --data.batch-size 8 --eval-interval 1000 --log-interval 1"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def final_state(folder, step):
+    """Parameters and optimiser state as the last checkpoint holds them."""
+    config = from_dict(TrainConfig, json.loads((folder / "config.json").read_text())["config"])
+
+    class Task:
+        @staticmethod
+        def init(key):
+            from jaxgpt.models.gpt import init_parameters
+
+            return init_parameters(config.model, key)
+
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    shape = jax.eval_shape(lambda: initial_state(Task, optimizer, 0))
+    shapes = {"parameters": shape.parameters, "optimizer": shape.optimizer_state}
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return Checkpoints(folder / "checkpoints", read_only=True).restore(step, shapes, device)[0]
+
+
+def test_losses_do_not_depend_on_the_number_of_devices(tmp_path, cache, text):
+    """20 steps on 1, 2, 4 and 8 devices, with accumulation, and over a mesh: within 1e-5 relative, dropout on."""
+    common = f"{SMALL} {DROPOUT} --data.path {text} --steps 20 --quiet"
+    runs = {
+        "one": (1, ""),
+        "two": (2, ""),
+        "four": (4, ""),
+        "eight": (8, ""),
+        "mesh": (8, "--parallel.strategy mesh"),
+        "accumulated": (1, "--parallel.gradient-accumulation 4"),
+        "both": (2, "--parallel.gradient-accumulation 2"),
+    }
+    losses = {}
+    for name, (devices, flags) in runs.items():
+        run(f"{common} --out {tmp_path / name} {flags}", cache, devices)
+        losses[name] = list(metrics(tmp_path / name).values())
+    assert len(losses["one"]) == 20
+    for name, values in losses.items():
+        np.testing.assert_allclose(values, losses["one"], rtol=1e-5, err_msg=name)
+
+
+def test_a_killed_run_resumed_is_the_unbroken_run(tmp_path, cache, text):
+    """kill -9 after the checkpoint of step 20, then resume: every bit and every batch as if nothing had happened."""
+    common = f"{SMALL} {DROPOUT} --data.path {text} --steps 40 --checkpoint-interval 20 --quiet"
+    run(f"{common} --out {tmp_path / 'unbroken'}", cache)
+    killed = start(f"{common} --out {tmp_path / 'killed'}", cache)
+    code = stop_after(killed, tmp_path / "killed" / "checkpoints" / "20", signal.SIGKILL)
+    # On a fast machine the run can end before the signal arrives; there is then nothing to resume, and that is no test.
+    assert code == -signal.SIGKILL
+    run(f"--out {tmp_path / 'killed'} --resume --quiet", cache)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "unbroken")
+    assert metrics(tmp_path / "killed", "eval/loss")[40] == metrics(tmp_path / "unbroken", "eval/loss")[40]
+    jax.tree.map(
+        np.testing.assert_array_equal, final_state(tmp_path / "killed", 40), final_state(tmp_path / "unbroken", 40)
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, cache, text, number):
+    process = start(f"{SMALL} {DROPOUT} --data.path {text} --steps 100000 --out {tmp_path / 'run'}", cache)
+    assert stop_after(process, tmp_path / "run" / "metrics.jsonl", number) == 75
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    out, _ = run(f"--out {tmp_path / 'run'} --resume --steps {int(saved.name) + 3}", cache)
+    assert f"resuming at step {int(saved.name):,}" in out
+    assert max(metrics(tmp_path / "run")) == int(saved.name) + 3
+
+
+def test_a_run_leaves_every_file(tmp_path, cache, text):
+    out, _ = run(f"{SMALL} --data.path {text} --steps 30 --eval-interval 10 --out {tmp_path / 'run'}", cache)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "curves.png", "samples.txt", "tokenizer.json", "checkpoints"}
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "train/loss" in r] == [*range(1, 21), 30]
+    assert [r["step"] for r in records if "eval/loss" in r] == [0, 10, 20, 30]
+    assert all({"eval/bits_per_byte", "seconds"} <= r.keys() for r in records if "eval/loss" in r)
+    assert all({"tokens_per_second", "seconds"} <= r.keys() for r in records if "train/loss" in r)
+    evaluations = metrics(tmp_path / "run", "eval/loss")
+    assert evaluations[30] < evaluations[0]
+    assert "parameters" in out and "held-out loss" in out and str(tmp_path / "run") in out
+
+
+def test_a_run_ends_by_the_clock_with_its_schedule_at_the_end(tmp_path, cache, text):
+    """The rate falls with the share of the time used: the last steps of a short budget are annealed."""
+    flags = f"--steps 1000000 --max-seconds 6 --eval-interval 1000000 --out {tmp_path / 'run'} --tensorboard"
+    run(f"{SMALL} --data.path {text} {flags}", cache)
+    steps = metrics(tmp_path / "run")
+    assert 0 < max(steps) < 1_000_000
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    seconds = metrics(tmp_path / "run", "seconds")
+    assert max(seconds.values()) < 60
+
+
+def test_quiet_prints_nothing(tmp_path, cache, text):
+    assert run(f"{SMALL} --data.path {text} --steps 2 --quiet --out {tmp_path / 'run'}", cache) == ("", "")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(tmp_path, cache, text):
+    flags = "--optimizer.learning-rate 1e18 --optimizer.warmup-steps 0 --optimizer.schedule constant --steps 50"
+    _, err = run(
+        f"{SMALL} --data.path {text} {flags} --checkpoint-interval 1 --out {tmp_path / 'run'}", cache, code=1
+    )
+    assert "at step" in err and "the last good checkpoint is step" in err and len(err.splitlines()) == 1
+    for step in (tmp_path / "run" / "checkpoints").iterdir():
+        state = final_state(tmp_path / "run", int(step.name))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["parameters"]))
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, cache, text):
+    common = f"{SMALL} --data.path {text} --out {tmp_path / 'run'}"
+    run(f"{common} --steps 2 --quiet", cache)
+    payload = max((tmp_path / "run" / "checkpoints" / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(payload.read_bytes())
+    data[len(data) // 2] ^= 1
+    payload.write_bytes(data)
+    for arguments in (f"{common} --steps 4 --resume", f"generate --model {tmp_path / 'run'} --prompt a"):
+        _, err = run(arguments, cache, code=2)
+        assert "checkpoints/2" in err and len(err.splitlines()) == 1
+
+
+def test_generate_writes_json_a_prompt(tmp_path, cache, text):
+    run(f"{SMALL} --data.path {text} --steps 2 --quiet --out {tmp_path / 'run'}", cache)
+    common = f"generate --model {tmp_path / 'run'} --max-new-tokens 5 --temperature 0.7 --top-k 9"
+    out, _ = run(f"{common} --prompt ab cd --seed 3 --json", cache)
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert (first["prompt"], second["prompt"]) == ("ab", "cd")
+    assert first.keys() == {"prompt", "text", "tokens", "finish_reason"}
+    assert len(first["tokens"]) == 5 and first["finish_reason"] == "length"
+    again, _ = run(f"{common} --prompt ab cd --seed 3 --json", cache)
+    assert again == out
+    plain, _ = run(f"{common} --prompt ab --seed 3", cache)
+    assert plain == "ab" + first["text"] + "\n"
