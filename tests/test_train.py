@@ -11,8 +11,8 @@ import pytest
 from program import SMALL, metrics, run, start, stop_after, write_text
 
 from jaxgpt.config import TrainConfig, from_dict
+from jaxgpt.models.gpt import init_parameters
 from jaxgpt.storage.checkpoint import Checkpoints
-from jaxgpt.training.loop import initial_state
 from jaxgpt.training.optimizer import make_optimizer
 
 DROPOUT = "--model.dropout 0.2 --data.batch-size 8 --eval-interval 1000 --log-interval 1"
@@ -32,31 +32,20 @@ def final_state(folder, step):
     """Parameters and optimiser state as the last checkpoint holds them."""
     config = from_dict(TrainConfig, json.loads((folder / "config.json").read_text())["config"])
 
-    class Task:
-        @staticmethod
-        def init(key):
-            from jaxgpt.models.gpt import init_parameters
-
-            return init_parameters(config.model, key)
-
+    parameters = jax.eval_shape(lambda: init_parameters(config.model, jax.random.key(0)))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    shape = jax.eval_shape(lambda: initial_state(Task, optimizer, 0))
-    shapes = {"parameters": shape.parameters, "optimizer": shape.optimizer_state}
+    shapes = {"parameters": parameters, "optimizer": jax.eval_shape(optimizer.init, parameters)}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return Checkpoints(folder / "checkpoints", read_only=True).restore(step, shapes, device)[0]
 
 
 def test_losses_do_not_depend_on_the_number_of_devices(tmp_path, cache, text):
-    """20 steps on 1, 2, 4 and 8 devices, with accumulation, and over a mesh: within 1e-5 relative, dropout on."""
+    """20 steps on one device, on eight, and in micro-batches: within 1e-5 relative, dropout on."""
     common = f"{SMALL} {DROPOUT} --data.path {text} --steps 20 --quiet"
     runs = {
         "one": (1, ""),
-        "two": (2, ""),
-        "four": (4, ""),
         "eight": (8, ""),
-        "mesh": (8, "--parallel.strategy mesh"),
-        "accumulated": (1, "--parallel.gradient-accumulation 4"),
-        "both": (2, "--parallel.gradient-accumulation 2"),
+        "accumulated": (2, "--parallel.gradient-accumulation 4"),
     }
     losses = {}
     for name, (devices, flags) in runs.items():
@@ -69,18 +58,15 @@ def test_losses_do_not_depend_on_the_number_of_devices(tmp_path, cache, text):
 
 def test_a_killed_run_resumed_is_the_unbroken_run(tmp_path, cache, text):
     """kill -9 after the checkpoint of step 20, then resume: every bit and every batch as if nothing had happened."""
-    common = f"{SMALL} {DROPOUT} --data.path {text} --steps 40 --checkpoint-interval 20 --quiet"
+    common = f"{SMALL} {DROPOUT} --data.path {text} --steps 400 --checkpoint-interval 20 --quiet"
     run(f"{common} --out {tmp_path / 'unbroken'}", cache)
     killed = start(f"{common} --out {tmp_path / 'killed'}", cache)
-    code = stop_after(killed, tmp_path / "killed" / "checkpoints" / "20", signal.SIGKILL)
-    # On a fast machine the run can end before the signal arrives; there is then nothing to resume, and that is no test.
-    assert code == -signal.SIGKILL
+    assert stop_after(killed, tmp_path / "killed" / "checkpoints" / "20", signal.SIGKILL) == -signal.SIGKILL
     run(f"--out {tmp_path / 'killed'} --resume --quiet", cache)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "unbroken")
-    assert metrics(tmp_path / "killed", "eval/loss")[40] == metrics(tmp_path / "unbroken", "eval/loss")[40]
-    jax.tree.map(
-        np.testing.assert_array_equal, final_state(tmp_path / "killed", 40), final_state(tmp_path / "unbroken", 40)
-    )
+    for name in ("train/loss", "gradient_norm", "eval/loss"):
+        assert metrics(tmp_path / "killed", name) == metrics(tmp_path / "unbroken", name)
+    states = [final_state(tmp_path / name, 400) for name in ("killed", "unbroken")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -136,11 +122,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(t
 def test_a_damaged_checkpoint_is_refused(tmp_path, cache, text):
     common = f"{SMALL} --data.path {text} --out {tmp_path / 'run'}"
     run(f"{common} --steps 2 --quiet", cache)
-    payload = max((tmp_path / "run" / "checkpoints" / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
-    data = bytearray(payload.read_bytes())
-    data[len(data) // 2] ^= 1
-    payload.write_bytes(data)
-    for arguments in (f"{common} --steps 4 --resume", f"generate --model {tmp_path / 'run'} --prompt a"):
+    for tree, arguments in [
+        ("optimizer", f"{common} --steps 4 --resume"),
+        ("parameters", f"generate --model {tmp_path / 'run'} --prompt a --max-new-tokens 2"),
+    ]:
+        files = (tmp_path / "run" / "checkpoints" / "2" / tree).rglob("d/*")
+        payload = max(files, key=lambda path: path.stat().st_size)
+        data = bytearray(payload.read_bytes())
+        data[len(data) // 2] ^= 1
+        payload.write_bytes(data)
         _, err = run(arguments, cache, code=2)
         assert "checkpoints/2" in err and len(err.splitlines()) == 1
 

@@ -1,0 +1,52 @@
+"""The README's commands and snippets work as pasted (shortened here: a few steps instead of thousands)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from program import ROOT, environment, write_text
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language):
+    """Code blocks from the tour on; what is before it installs packages, which CI does with the same lines."""
+    return re.findall(rf"```{language}\n(.*?)```", README[README.index("## Tour") :], re.DOTALL)
+
+
+def shortened(line):
+    """The same command with this interpreter, and small where it would take minutes."""
+    line = line.replace("jaxgpt generate", f"{sys.executable} -m jaxgpt generate")
+    line = re.sub(r"\bpython (train|benchmarks)", rf"{sys.executable} \1", line)
+    if "train.py" in line:
+        small = "" if "--resume" in line else " --model.width 24"
+        line = re.sub(r"--steps \d+", "", line) + f"{small} --steps {5 if '--resume' in line else 3} --sample-tokens 8"
+    if "benchmarks/" in line:
+        line += " --steps 2"
+    return line
+
+
+def test_the_tour_works_as_pasted(tmp_path):
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    for name in ("benchmarks", "jaxgpt", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_text(tmp_path, 20_000).rename(tmp_path / "input.txt")
+    cache = environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)}
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    assert len(lines) >= 8
+    for line in lines:
+        if line.startswith(("curl", "pip")) or "--vs torch" in line:
+            continue  # no network here; the comparison has a test of its own
+        done = subprocess.run(["bash", "-c", shortened(line)], cwd=tmp_path, env=cache, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    for snippet in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=cache, capture_output=True, text=True)
+        assert done.returncode == 0, f"{snippet}\n{done.stderr}"
+        assert done.stdout.strip()
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
