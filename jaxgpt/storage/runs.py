@@ -124,7 +124,7 @@ class RunFolder:
         from matplotlib.figure import Figure
 
         records = self.history()
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
         axes = figure.add_subplot()
         train = _series(records, "train/loss")
         held_out = _series(records, "eval/loss")

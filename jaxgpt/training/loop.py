@@ -125,6 +125,7 @@ class _Loop:
         self.write = metrics_writer(run, config.tensorboard)
         self.initial_state = functools.partial(initial_state, task, optimizer, config.seed)
         self.evaluation: dict[str, float] = {}
+        self.evaluated = -1  # the step `evaluation` was measured at
         self.evaluation_seconds = math.inf
         self.started = time.monotonic()
         self.last_settled = self.started
@@ -155,8 +156,10 @@ class _Loop:
         if pending is not None:
             self._settle(*pending)
         if self.stop.requested and step < config.steps:
-            self._save(state, step)
+            if step not in self.checkpoints.steps:
+                self._save(state, step)
             self.checkpoints.wait()
+            self.run_folder.draw_curves()
             return Outcome(step, self.evaluation, interrupted=True)
         self._finish(state, step)
         return Outcome(step, self.evaluation, interrupted=False)
@@ -164,13 +167,13 @@ class _Loop:
     def _start(self) -> TrainState:
         """The newest checkpoint, or the initial state."""
         latest = self.checkpoints.latest_step
+        self.run_folder.rewind(-1 if latest is None else latest)
         if latest is None:
             return jax.device_put(jax.jit(self.initial_state)(), self.layout.replicated)
         shapes = _trees(jax.eval_shape(self.initial_state))
         trees, extra = self.checkpoints.restore(latest, shapes, self.layout.replicated)
-        self.run_folder.rewind(latest)
         self.started -= extra["seconds"]
-        self.evaluation = extra["evaluation"]
+        self.evaluation, self.evaluated = extra["evaluation"], extra["evaluated"]
         self.report.say(f"resuming at step {latest:,}")
         step = jax.device_put(jnp.asarray(latest, jnp.int32), self.layout.replicated)
         return TrainState(step, trees["parameters"], trees["optimizer"])
@@ -214,10 +217,9 @@ class _Loop:
             self.unlogged_tokens, self.unlogged_seconds = 0.0, 0.0
 
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
-        evaluated = step % self.config.eval_interval == 0
-        if evaluated:
+        if step % self.config.eval_interval == 0:
             self._evaluate(state, step)
-        self._save(state, step, measured=evaluated)
+        self._save(state, step)
         self.last_settled = time.monotonic()
 
     def _evaluate(self, state: TrainState, step: int) -> None:
@@ -225,25 +227,27 @@ class _Loop:
         start = time.monotonic()
         sums = [self.evaluation_program(state.parameters, self.layout.place(b)) for b in self.task.evaluation_batches()]
         loss_sum, weight = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
-        self.evaluation = self.task.evaluation_metrics(loss_sum, weight)
+        self.evaluation, self.evaluated = self.task.evaluation_metrics(loss_sum, weight), step
         self.evaluation_seconds = min(self.evaluation_seconds, time.monotonic() - start)
         self.write({"step": step} | self.evaluation | {"seconds": self.seconds})
         self.report.evaluation(step, self.evaluation)
+        self.run_folder.draw_curves()
 
-    def _save(self, state: TrainState, step: int, *, measured: bool = False) -> None:
-        metrics = {METRIC: self.evaluation[METRIC]} if measured else None
-        extra = {"seconds": self.seconds, "evaluation": self.evaluation}
+    def _save(self, state: TrainState, step: int) -> None:
+        metrics = {METRIC: self.evaluation[METRIC]} if self.evaluated == step else None
+        extra = {"seconds": self.seconds, "evaluation": self.evaluation, "evaluated": self.evaluated}
         self.checkpoints.save(step, _trees(state), metrics=metrics, extra=extra)
 
     def _finish(self, state: TrainState, step: int) -> None:
-        """Evaluate, save, draw and show a sample: unless a resumed run had nothing left to do."""
-        if step not in self.checkpoints.steps:
+        """Evaluate and save, unless a resumed run had nothing left to do; then show a sample."""
+        if self.evaluated != step:
             self._evaluate(state, step)
-            self._save(state, step, measured=True)
-        self.run_folder.draw_curves()
+        if step not in self.checkpoints.steps:
+            self._save(state, step)
         self.report.finish()
-        text = self.report.stream(self.task.sample(state.parameters))
-        self.run_folder.add_sample(step, text)
+        if self.config.sample_tokens:
+            self.report.say("\na sample:")
+            self.run_folder.add_sample(step, self.report.stream(self.task.sample(state.parameters)))
         self.checkpoints.wait()
 
 
