@@ -18,10 +18,17 @@ def default() -> TrainConfig:
     python train.py
     """
     return TrainConfig(
-        model=GPTConfig(context=128, layers=4, heads=4, width=256, bias=False),
-        data=DataConfig(tokenizer="bpe", vocab_size=4096, batch_size=16),
-        optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=1e-4, warmup_steps=50),
-        steps=500,
+        model=GPTConfig(context=128, layers=4, heads=3, width=192, bias=False),
+        data=DataConfig(tokenizer="bpe", vocab_size=2048, batch_size=16),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=6e-3,
+            muon_learning_rate=0.03,
+            final_learning_rate=0.0,
+            warmup_steps=50,
+            weight_decay=0.05,
+        ),
+        steps=700,
         eval_interval=100,
     )
 

@@ -154,7 +154,7 @@ class Split:
 
     One document: its first `1 - share` characters are trained on and the rest is held out. Several: whole documents
     are held out, those with the smallest digests, so that the choice depends on no order, and equal documents are
-    always on the same side.
+    always on the same side; but not one that is more than half of the text.
     """
 
     fingerprint: str
@@ -199,12 +199,11 @@ def split_corpus(corpus: Corpus, share: float) -> Split:
     if len(sizes) == 1:
         raise ValueError(f"the data is {count} copies of one document, so none can be held out")
     held_out: set[bytes] = set()
-    size = 0
-    for digest in sorted(sizes)[:-1]:
-        if size >= share * total:
-            break
-        held_out.add(digest)
-        size += sizes[digest]
+    size, most = 0, max(share, 0.5) * total  # a document that is most of the text is there to be trained on
+    for digest in sorted(sizes):
+        if size < share * total and sizes[digest] <= most and len(held_out) < len(sizes) - 1:
+            held_out.add(digest)
+            size += sizes[digest]
     return Split(whole.hexdigest(), count, 0, frozenset(held_out))
 
 
