@@ -15,7 +15,7 @@ import jax
 from jaxgpt.config import GPTConfig, SamplingConfig, TrainConfig, flatten, from_dict, to_dict
 from jaxgpt.data.shards import TokenizedText, prepare
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.environment import use_compilation_cache
+from jaxgpt.environment import keep_freed_memory, use_compilation_cache
 from jaxgpt.generation.decode import Decoder
 from jaxgpt.models.gpt import Parameters, init_cache, init_parameters, next_token_logits
 from jaxgpt.storage.checkpoint import Checkpoints
@@ -61,6 +61,7 @@ def train(
     """
     report = report or Reporter()
     use_compilation_cache()
+    keep_freed_memory()
     run = RunFolder(run_path(config, recipe))
     resuming = config.resume == "latest" and run.exists()
     if not resuming:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 import sysconfig
@@ -113,10 +114,12 @@ def standard_library() -> Corpus:
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file():
-            yield path
+    def refuse(error: OSError) -> None:  # rglob would pass over a folder that may not be read
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (path for name in names if not name.startswith(".") and (path := Path(parent, name)).is_file())
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -131,6 +134,8 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             text = _decode(line, where)
+            if number == 1:
+                text = text.removeprefix("\ufeff")  # the mark some editors put first, which is no JSON
             if not text.strip():
                 continue
             try:
@@ -186,10 +191,10 @@ def split_corpus(corpus: Corpus, share: float) -> Split:
         whole.update(digest)
         count, total, characters = count + 1, total + size, len(text)
     if not count:
-        names = ", ".join(str(path or "standard input") for path in corpus.files[:3])
-        raise ValueError(f"the data holds no text: {names}{' ...' if len(corpus.files) > 3 else ''} is empty")
+        names = ", ".join(str(path or "standard input") for path in corpus.files[:3]) or "no file"
+        raise ValueError(f"the data holds no text; this was read: {names}{' ...' if len(corpus.files) > 3 else ''}")
     if count == 1:
-        # nanoGPT's int(n * 0.9), without the rounding that makes 0.9 * 10 fall short of 9.
+        # nanoGPT's int(n * 0.9); for other shares without the rounding that makes 10 * (1 - 0.9) fall short of 1.
         train = int(characters * (1 - share) + 1e-6)
         if not 0 < train < characters:
             raise ValueError(

@@ -23,7 +23,7 @@ from jaxgpt.data.corpus import Corpus, Split, open_corpus, split_corpus
 from jaxgpt.data.tokenizer import Tokenizer, byte_tokenizer, character_tokenizer, load_tokenizer, train_bpe
 from jaxgpt.environment import cache_folder
 
-FORMAT = 2
+FORMAT = 3
 SHARD_TOKENS = 2**26
 DOCUMENTS_AT_ONCE = 256  # encoded together, on all cores
 
@@ -76,6 +76,8 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda line: None) 
         OSError: the cache cannot be written; nothing half written is left.
     """
     given = config.tokenizer not in ("byte", "character", "bpe")
+    if given and not Path(config.tokenizer).exists():
+        raise FileNotFoundError(f"data.tokenizer: {config.tokenizer} is none of byte, character, bpe, and no path")
     tokenizer = load_tokenizer(config.tokenizer) if given else None
     corpus = open_corpus(config)
     split = split_corpus(corpus, config.held_out)
@@ -107,6 +109,7 @@ def _write(folder: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, say
         for name, held_out in (("train", False), ("held_out", True)):
             index[name] = _write_split(temporary, name, split.part(corpus, held_out), tokenizer)
         say(f"tokenised {(index['train']['bytes'] + index['held_out']['bytes']) / 1e6:.1f} MB of text")
+        index["crc32"] = _checksum(index)
         tokenizer.save(temporary / "tokenizer.json")
         (temporary / "index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         # Another process may have made the same folder meanwhile; the contents are the same, so either will do.
@@ -165,15 +168,21 @@ def read_tokens(folder: Path, fingerprint: str) -> TokenizedText:
         index = json.loads(path.read_text("utf-8"))
         if index["format"] != FORMAT:
             raise ValueError(f"it is of format {index['format']}, not {FORMAT}")
+        if index.pop("crc32") != _checksum(index):
+            raise ValueError("index.json does not have the checksum it was written with")
         streams = [_open_split(folder, index[name], index["vocab_size"]) for name in ("train", "held_out")]
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         if tokenizer.fingerprint != index["tokenizer"]:
             raise ValueError("tokenizer.json is not the one the text was tokenised with")
-    except (KeyError, TypeError, OSError, ValueError) as error:
-        unreadable = isinstance(error, (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError))
+    except (KeyError, TypeError, OSError, ValueError, RecursionError) as error:
+        unreadable = not isinstance(error, OSError) and type(error) is not ValueError
         reason = f"{path.name} is not what was written" if unreadable else error
         raise ValueError(f"damaged tokens in {folder}: {reason}; delete that folder to make them anew") from error
     return TokenizedText(tokenizer, fingerprint, *streams)
+
+
+def _checksum(index: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(index).encode())
 
 
 def _open_split(folder: Path, description: dict[str, Any], vocab_size: int) -> TokenStream:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
+# The Rust library needs about 150 bytes for each byte that it encodes at a time; so a long text goes to it in pieces.
+PIECE = 2**18  # characters of a piece
+CHARACTERS_AT_ONCE = 2**23  # characters of the pieces that are encoded together, on all cores
+# What a piece may end with. GPT-2's words never reach from a character that is no space into the space behind it.
+WORD_END = re.compile(r"\S(?=[ \n])")
+ANYWHERE = re.compile(r".", re.DOTALL)
 
 
 class Tokenizer:
@@ -45,10 +52,13 @@ class Tokenizer:
         self.end_of_text: int = end_of_text
         vocabulary = rust.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
-        # A BPE without byte fallback and without an unknown token drops what it does not know and says nothing.
-        model = json.loads(rust.to_str())
-        by_bytes = "ByteLevel" in json.dumps(model.get("pre_tokenizer"))
-        self._alphabet = None if by_bytes or model["model"].get("unk_token") else frozenset(vocabulary)
+        # A BPE without an unknown token drops what it does not know and says nothing.
+        description = json.loads(rust.to_str())
+        by_bytes = "ByteLevel" in json.dumps(description["pre_tokenizer"])
+        known = description["model"].get("unk_token") or (by_bytes and vocabulary.keys() >= BYTE_CHARACTERS.keys())
+        self._alphabet = None if known else frozenset(vocabulary)
+        self._spell = _spell_bytes if by_bytes else str
+        self._cut = _where_to_cut(description)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`.
@@ -59,12 +69,18 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text (int64 arrays), on all cores. Raises as `encode` does."""
+        """Return the ids of each text (uint32 arrays), on all cores. Raises as `encode` does."""
         for text in texts:
             self._check(text)
-        # Without special tokens: a file from elsewhere may add some around every text it encodes.
-        encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+        pieces = [list(_pieces(text, self._cut)) for text in texts]
+        ids = self._encode_pieces(piece for own in pieces for piece in own)
+        return [np.concatenate([next(ids) for _ in own]) for own in pieces]
+
+    def _encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        for together in _batches(pieces, CHARACTERS_AT_ONCE):
+            # Without special tokens: a file from elsewhere may add some around every text it encodes.
+            for encoding in self._rust.encode_batch_fast(together, add_special_tokens=False):
+                yield np.array(encoding.ids, np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; special tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
@@ -97,12 +113,6 @@ class Tokenizer:
         return hashlib.sha256(self._rust.to_str().encode()).hexdigest()
 
     def _check(self, text: str) -> None:
-        if self._alphabet is not None and not self._alphabet.issuperset(text):
-            position, character = next((n, c) for n, c in enumerate(text) if c not in self._alphabet)
-            raise ValueError(
-                f"the character {character!r} (U+{ord(character):04X}) at position {position} is not in the "
-                f"tokenizer's vocabulary of {self.vocab_size} characters"
-            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -110,11 +120,20 @@ class Tokenizer:
                 f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at position {error.start}, "
                 "which is no character"
             ) from error
+        if self._alphabet is None:
+            return
+        outside = {character for character in set(text) if not self._alphabet.issuperset(self._spell(character))}
+        if outside:
+            position = next(position for position, character in enumerate(text) if character in outside)
+            raise ValueError(
+                f"the character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not in the "
+                f"tokenizer's vocabulary of {self.vocab_size} tokens"
+            )
 
 
 def byte_tokenizer() -> Tokenizer:
     """256 byte tokens, the id is the byte, and end-of-text."""
-    rust = tokenizers.Tokenizer(models.BPE(_byte_vocabulary(), []))
+    rust = tokenizers.Tokenizer(models.BPE(BYTE_CHARACTERS, []))
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     rust.decoder = decoders.ByteLevel()
     rust.add_special_tokens([END_OF_TEXT])
@@ -144,9 +163,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=sorted(_byte_vocabulary()), show_progress=False
+        vocab_size=vocab_size - 1, initial_alphabet=sorted(BYTE_CHARACTERS), show_progress=False
     )
-    rust.train_from_iterator(texts, trainer)
+    rust.train_from_iterator((piece for text in texts for piece in _pieces(text, WORD_END)), trainer)
     rust.add_special_tokens([END_OF_TEXT])
     return Tokenizer(rust)
 
@@ -191,9 +210,51 @@ def _guarded(path: Path, read: Callable[[], tokenizers.Tokenizer]) -> Tokenizer:
         raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
 
 
-def _byte_vocabulary() -> dict[str, int]:
+def _where_to_cut(description: dict[str, Any]) -> re.Pattern[str] | None:
+    """Return where a text can be cut so that the ids of the pieces are those of the text; None if that is not known."""
+    model, before = description["model"], description["pre_tokenizer"] or {"type": None}
+    by_bytes = before["type"] == "ByteLevel" and not before["add_prefix_space"]
+    plain = model["type"] == "BPE" and not model["continuing_subword_prefix"] and not model["end_of_word_suffix"]
+    added = any(not token["special"] for token in description["added_tokens"])  # these are looked for in the text
+    if not plain or added or description["normalizer"]:
+        return None
+    if not model["merges"] and (by_bytes or before["type"] is None):
+        return ANYWHERE
+    return WORD_END if by_bytes and before["use_regex"] else None
+
+
+def _pieces(text: str, cut: re.Pattern[str] | None) -> Iterator[str]:
+    """Yield a text in pieces of PIECE characters, or a few more, up to a place where it may be cut."""
+    start = 0
+    while cut and len(text) - start > PIECE and (last := cut.search(text, start + PIECE - 1)):
+        yield text[start : last.end()]
+        start = last.end()
+    yield text[start:]
+
+
+def _batches(pieces: Iterable[str], characters: int) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _spell_bytes(character: str) -> list[str]:
+    """The printable characters that stand for the bytes of one character."""
+    return [CHARACTERS_OF_BYTES[byte] for byte in character.encode()]
+
+
+def _byte_characters() -> dict[str, int]:
     """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table) -> the byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     stands_for = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
     return {stands_for[byte]: byte for byte in range(256)}
+
+
+BYTE_CHARACTERS = _byte_characters()
+CHARACTERS_OF_BYTES = {byte: character for character, byte in BYTE_CHARACTERS.items()}
