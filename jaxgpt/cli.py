@@ -183,7 +183,7 @@ def parse(kind: type[T], arguments: list[str], default: T | None = None) -> T:
     try:
         with contextlib.redirect_stderr(errors):
             options: dict[str, Any] = {} if default is None else {"default": default}
-            return tyro.cli(kind, args=spelled, config=(tyro.conf.FlagConversionOff,), **options)
+            return tyro.cli(kind, prog="jaxgpt", args=spelled, config=(tyro.conf.FlagConversionOff,), **options)
     except SystemExit as end:
         if not end.code:
             raise

@@ -1,5 +1,6 @@
 """Batches: a pure function of (seed, step) in which each window comes once an epoch, and each held-out target once."""
 
+import contextlib
 import itertools
 import threading
 
@@ -151,11 +152,25 @@ def test_an_error_ahead_is_raised_at_its_place():
         next(steps)
 
 
-def test_the_thread_ends_with_the_iterator():
-    before = set(prefetch_threads())
-    steps = prefetch(lambda step: step, 0, 10**9)
+@pytest.mark.parametrize("end", ["closed early", "run to its end", "error"])
+def test_the_thread_ends_with_the_iterator(end):
+    before, finish = set(prefetch_threads()), threading.Event()
+
+    def make(step: int) -> int:
+        if step == 5:
+            finish.wait(10)  # so that the thread is still there to be found
+            if end == "error":
+                raise ZeroDivisionError
+        return step
+
+    steps = prefetch(make, 0, 6 if end == "run to its end" else 10**9)
     next(steps)
     (thread,) = set(prefetch_threads()) - before
-    steps.close()
+    finish.set()
+    if end == "closed early":
+        steps.close()
+    else:
+        with contextlib.suppress(ZeroDivisionError):
+            assert list(steps) == [1, 2, 3, 4, 5]
     thread.join(timeout=10)
     assert not thread.is_alive()

@@ -46,7 +46,8 @@ def test_a_text_is_read_as_it_stands(tmp_path):
 
 
 def test_a_folder_is_read_in_order_without_what_is_hidden(tmp_path):
-    write(tmp_path, {"b.txt": "2", "a/z.md": "1", "c": "3", ".hidden": "x", ".git/config": "x", "empty.txt": ""})
+    write(tmp_path, {"b.txt": "2", "a/z.md": "1", "c": "3", "empty.txt": ""})
+    write(tmp_path, {".hidden": "x", ".git/config": "x", "a/.git/deep/config": "x"})
     documents = corpus(tmp_path)
     assert list(documents) == ["1", "2", "3"]
     assert list(documents) == ["1", "2", "3"]  # anew
@@ -78,6 +79,24 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     assert str(raised.value).startswith(str(path))
 
 
+def test_a_mark_before_json_lines_is_no_text(tmp_path):
+    path = write(tmp_path, {"a.jsonl": '\ufeff{"text": "one"}\n{"text": "\ufefftwo"}\n'}) / "a.jsonl"
+    assert list(corpus(path)) == ["one", "\ufefftwo"]
+
+
+def test_what_may_not_be_read_is_named(tmp_path):
+    for name in ("a.txt", "folder/inner"):
+        path = write(tmp_path, {"a.txt": "text", "folder/b.txt": "text", "folder/inner/c.txt": "text"}) / name
+        path.chmod(0)
+        try:
+            if os.access(path, os.R_OK):
+                pytest.skip("needs a user who may not read everything")
+            with pytest.raises(PermissionError, match=path.name):
+                list(corpus(tmp_path / name.split("/")[0]))
+        finally:
+            path.chmod(0o700)
+
+
 def test_standard_input_is_read_once_and_kept(monkeypatch):
     text = "from\r\na pipe é"
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
@@ -87,8 +106,9 @@ def test_standard_input_is_read_once_and_kept(monkeypatch):
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
     path = write(tmp_path, {"a.txt": "é".encode() + b"ab\xffcd"}) / "a.txt"
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8: byte 0xff at offset 4"):
-        list(corpus(path))
+    for place in (path, tmp_path):
+        with pytest.raises(ValueError, match=r"a\.txt is not UTF-8: byte 0xff at offset 4"):
+            list(corpus(place))
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -104,7 +124,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_text_that_cannot_be_split_is_refused(tmp_path):
     write(tmp_path, {"empty.txt": "", "one.txt": "x", "1/a": "same", "1/b": "same"})
-    with pytest.raises(ValueError, match=r"holds no text: .*empty\.txt is empty"):
+    with pytest.raises(ValueError, match=r"holds no text; this was read: .*empty\.txt"):
         split_corpus(corpus(tmp_path / "empty.txt"), 0.1)
     with pytest.raises(ValueError, match="1 characters, too short"):
         split_corpus(corpus(tmp_path / "one.txt"), 0.1)

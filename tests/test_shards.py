@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def test_a_given_tokenizer_is_used(tmp_path):
     assert given.decode(contents(data.train).tolist()) in "".join(texts) or data.train.documents > 1
 
 
+def test_a_tokenizer_that_is_neither_a_name_nor_a_path_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer: char is none of byte, character, bpe, and no path"):
+        prepare(config(tmp_path / "text", documents(3), tmp_path / "cache", tokenizer="char"))
+
+
 @pytest.mark.parametrize("size", [1, 7, 64, 10**6])
 def test_reading_across_shards(tmp_path, monkeypatch, size):
     monkeypatch.setattr(shards, "SHARD_TOKENS", size)
@@ -122,8 +128,10 @@ def test_unchanged_text_is_tokenised_once_wherever_it_lies(tmp_path):
     first = prepare(config(tmp_path / "a", texts, cache, tokenizer="bpe"), said.append)
     assert 1 <= len(said) <= 2
     said.clear()
+    written = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in cache.rglob("*")}
     second = prepare(config(tmp_path / "b", texts, cache, tokenizer="bpe"), said.append)
     assert said == []
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in cache.rglob("*")} == written
     assert second.fingerprint == first.fingerprint
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
     assert np.array_equal(contents(second.train), contents(first.train))
@@ -193,10 +201,33 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_noticed(tmp_path):
             assert np.array_equal(contents(after.train), before)
 
 
+def test_a_flipped_bit_anywhere_in_the_index_is_noticed(tmp_path):
+    given = config(tmp_path / "text", documents(14, 4), tmp_path / "cache")
+    before = prepare(given)
+    (path,) = tmp_path.glob("cache/*/index.json")
+    whole, rng = path.read_bytes(), random.Random(15)
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            after = prepare(given)
+        except ValueError as error:
+            assert "index.json" in str(error) or "it is of format" in str(error)  # noqa: PT017
+        else:  # a space that is a tab now
+            assert (after.train.documents, after.train.bytes) == (before.train.documents, before.train.bytes)
+            assert np.array_equal(contents(after.train), contents(before.train))
+            assert whole[position : position + 1].isspace()
+
+
 def damage_index(change):
+    """Change the index as somebody would who knows about its checksum."""
+
     def damage(folder: Path) -> None:
         index = json.loads((folder / "index.json").read_text())
+        del index["crc32"]
         change(index)
+        index["crc32"] = zlib.crc32(json.dumps(index).encode())
         (folder / "index.json").write_text(json.dumps(index))
 
     return damage
@@ -209,6 +240,7 @@ def damage_index(change):
         (lambda folder: (folder / "index.json").write_bytes(b""), "index.json"),
         (lambda folder: (folder / "index.json").write_bytes(b"\xff"), "index.json"),
         (lambda folder: (folder / "index.json").write_text("[]"), "index.json"),
+        (lambda folder: (folder / "index.json").write_text("[" * 100_000), "index.json"),
         (damage_index(lambda index: index.update(format=99)), "format 99"),
         (damage_index(lambda index: index["train"].pop("shards")), "index.json"),
         (damage_index(lambda index: index["train"].update(shards=[])), "index.json"),

@@ -1,13 +1,16 @@
 """Tokenizers: text comes back as it went in, nothing is dropped silently, and no text becomes a special token."""
 
 import itertools
+import json
 import random
+import re
 
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 
+from jaxgpt.data import tokenizer as module
 from jaxgpt.data.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
@@ -59,10 +62,11 @@ def test_what_is_encoded_decodes_to_itself(bpe):
 
 def test_text_never_becomes_a_special_token(bpe, tmp_path):
     text = f"before {END_OF_TEXT} after <|unknown|>"
-    bpe.save(tmp_path / "tokenizer.json")
-    loaded = load_tokenizer(tmp_path)
     characters = character_tokenizer([text], "token")
-    for tokenizer in (byte_tokenizer(), bpe, loaded, characters):
+    kinds = [byte_tokenizer(), bpe, character_tokenizer([text]), characters]
+    for number, tokenizer in enumerate(kinds):
+        tokenizer.save(tmp_path / f"{number}.json")
+    for tokenizer in (*kinds, *(load_tokenizer(path) for path in tmp_path.iterdir())):
         ids = tokenizer.encode(text)
         assert tokenizer.end_of_text not in ids
         assert tokenizer.decode(ids) == text
@@ -125,6 +129,87 @@ def test_different_tokenizers_have_different_fingerprints(bpe):
     kinds = [byte_tokenizer(), bpe, train_bpe(PROSE, 270), character_tokenizer(["ab"]), character_tokenizer(["ac"])]
     assert len({kind.fingerprint for kind in kinds}) == len(kinds)
     assert train_bpe(PROSE, 280).fingerprint == bpe.fingerprint
+
+
+def spaced_texts(seed: int) -> list[str]:
+    """Long texts with runs of every kind of space, in which a cut at the wrong place would change the words."""
+    rng = random.Random(seed)
+    pieces = [
+        *"ab1'.é漢😀\u0301",
+        "'s",
+        "'ll",
+        "\r\n",
+        *" \n\n\t\r\x0b\x1c\x85\xa0\u2003\u3000",
+        "  ",
+        END_OF_TEXT,
+        "  b",
+    ]
+    return ["".join(rng.choices(pieces, k=rng.randrange(2000))) for _ in range(20)]
+
+
+def test_a_long_text_has_the_ids_it_has_in_one_piece(monkeypatch, tmp_path):
+    texts = ["", *spaced_texts(8)]
+    bpe = train_bpe([*texts, *PROSE], 400)
+    bpe.save(tmp_path / "tokenizer.json")
+    for tokenizer in (byte_tokenizer(), bpe, load_tokenizer(tmp_path), character_tokenizer(texts)):
+        whole = [tokenizer.encode(text) for text in texts]
+        for piece, at_once in [(1, 1), (7, 50), (100, 10**6)]:
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "PIECE", piece)
+                patch.setattr(module, "CHARACTERS_AT_ONCE", at_once)
+                assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == whole
+
+
+def test_a_long_text_is_given_to_the_library_in_pieces(bpe, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 50)
+    for tokenizer in (byte_tokenizer(), bpe, character_tokenizer(PROSE)):
+        pieces = list(module._pieces(PROSE[0], tokenizer._cut))
+        assert "".join(pieces) == PROSE[0]
+        assert max(map(len, pieces)) < 70
+
+
+def test_training_on_a_long_text_does_not_depend_on_the_pieces(monkeypatch):
+    texts = spaced_texts(9)
+    whole = train_bpe(texts, 400)
+    monkeypatch.setattr(module, "PIECE", 10)
+    assert train_bpe(texts, 400).fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize("changed", ["added", "normalizer", "prefix", "pre_tokenizer", "suffix"])
+def test_a_tokenizer_whose_words_cross_spaces_gets_the_text_whole(bpe, changed, monkeypatch, tmp_path):
+    bpe.save(tmp_path / "tokenizer.json")
+    rust = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if changed == "added":
+        rust.add_tokens([AddedToken("a b", normalized=False)])
+    elif changed == "normalizer":
+        rust.normalizer = normalizers.Prepend("_")
+    elif changed == "prefix":
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif changed == "pre_tokenizer":
+        rust.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel()])
+    else:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {name: i for i, name in enumerate([*alphabet, *(character + "$" for character in alphabet)])}
+        rust = tokenizers.Tokenizer(models.BPE(vocabulary, [], end_of_word_suffix="$"))
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        rust.add_special_tokens([END_OF_TEXT])
+    text = "a b a b  c a\nb a b"
+    tokenizer = Tokenizer(rust)
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(module, "PIECE", 1)
+    assert tokenizer.encode(text) == whole
+
+
+def test_a_byte_that_a_vocabulary_lacks_is_named(tmp_path):
+    names = {character: i for i, character in enumerate("abc")}
+    rust = tokenizers.Tokenizer(models.BPE(names, []))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.add_special_tokens([END_OF_TEXT])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("cab") == [2, 0, 1]
+    with pytest.raises(ValueError, match=r"'é' \(U\+00E9\) at position 2"):
+        tokenizer.encode("abéc")
 
 
 def test_a_trained_bpe_has_the_size_asked_for_or_what_the_text_yields(bpe):
@@ -227,3 +312,24 @@ def test_gpt2_files(shared_data, tmp_path):
         assert ours.decode(ours.encode(text)) == text
     ours.save(tmp_path / "tokenizer.json")
     assert same_ids(load_tokenizer(tmp_path), ours, PROSE)
+
+
+def test_gpt2_ids_are_those_of_its_merges_one_after_another(shared_data):
+    folder = shared_data / "gpt2"
+    ours = load_tokenizer(folder)
+    vocabulary = json.loads(next(p for p in (folder / "vocab.json", folder / "encoder.json") if p.exists()).read_text())
+    merges = next(p for p in (folder / "merges.txt", folder / "vocab.bpe") if p.exists()).read_text("utf-8").split("\n")
+    ranks = {tuple(line.split()): rank for rank, line in enumerate(merges[1:]) if line}
+
+    def ids(word: str) -> list[int]:
+        parts = list(word.replace(" ", "Ġ").replace("\n", "Ċ"))
+        while pairs := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
+            first, second = min(pairs, key=ranks.__getitem__)
+            place = next(i for i, pair in enumerate(itertools.pairwise(parts)) if pair == (first, second))
+            parts[place : place + 2] = [first + second]
+        return [vocabulary[part] for part in parts]
+
+    words = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+")  # section 2.2
+    text = "Hello, how are you? I'm fine: it's 1959,\n\n  and   they'll be back... (unbelievably)\n"
+    assert ours.encode(text) == [number for word in words.findall(text) for number in ids(word)]
+    assert ours.encode("Hello, how are you?") == [15496, 11, 703, 389, 345, 30]

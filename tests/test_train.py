@@ -110,9 +110,7 @@ def test_quiet_prints_nothing(tmp_path, cache, text):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(tmp_path, cache, text):
     flags = "--optimizer.learning-rate 1e18 --optimizer.warmup-steps 0 --optimizer.schedule constant --steps 50"
-    _, err = run(
-        f"{SMALL} --data.path {text} {flags} --checkpoint-interval 1 --out {tmp_path / 'run'}", cache, code=1
-    )
+    _, err = run(f"{SMALL} --data.path {text} {flags} --checkpoint-interval 1 --out {tmp_path / 'run'}", cache, code=1)
     assert "at step" in err and "the last good checkpoint is step" in err and len(err.splitlines()) == 1
     for step in (tmp_path / "run" / "checkpoints").iterdir():
         state = final_state(tmp_path / "run", int(step.name))

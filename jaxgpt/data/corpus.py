@@ -118,7 +118,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         yield from (path for name in names if not name.startswith(".") and (path := Path(parent, name)).is_file())
 
 
