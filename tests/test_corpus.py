@@ -47,7 +47,7 @@ def test_a_text_is_read_as_it_stands(tmp_path):
 
 def test_a_folder_is_read_in_order_without_what_is_hidden(tmp_path):
     write(tmp_path, {"b.txt": "2", "a/z.md": "1", "c": "3", "empty.txt": ""})
-    write(tmp_path, {".hidden": "x", ".git/config": "x", "a/.git/deep/config": "x"})
+    write(tmp_path, {".hidden": "x", ".git/config": "x", "a/.git/deep/config": "x", "__pycache__/c.pyc": b"\xff"})
     documents = corpus(tmp_path)
     assert list(documents) == ["1", "2", "3"]
     assert list(documents) == ["1", "2", "3"]  # anew
@@ -150,6 +150,14 @@ def test_whole_documents_are_held_out(tmp_path):
         total = sum(len(text.encode()) for text in documents)
         largest = max(len(text.encode()) for text in documents)
         assert share * total <= size < share * total + largest
+
+
+def test_a_document_that_is_most_of_the_text_is_trained_on(tmp_path):
+    for seed in range(8):  # whichever digest comes first
+        documents = [f"{seed} " + "long " * 1000, *random_documents(seed, 3)]
+        train, held_out = both_parts(in_files(tmp_path / str(seed), documents), 0.3)
+        assert documents[0] in train
+        assert held_out
 
 
 def test_some_document_is_on_either_side_whatever_the_share(tmp_path):

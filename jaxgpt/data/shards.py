@@ -167,7 +167,7 @@ def read_tokens(folder: Path, fingerprint: str) -> TokenizedText:
     try:
         index = json.loads(path.read_text("utf-8"))
         if index["format"] != FORMAT:
-            raise ValueError(f"it is of format {index['format']}, not {FORMAT}")
+            raise ValueError(f"index.json is of format {index['format']}, not {FORMAT}")
         if index.pop("crc32") != _checksum(index):
             raise ValueError("index.json does not have the checksum it was written with")
         streams = [_open_split(folder, index[name], index["vocab_size"]) for name in ("train", "held_out")]
