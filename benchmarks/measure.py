@@ -1,0 +1,96 @@
+"""What every benchmark needs: the environment, times with their spread, peak memory, the machine's peak speed."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+MEMORY_PROBE = (
+    "bytes of the state before the first step, plus the growth of the process's peak resident set (VmHWM) over the "
+    "steps; freed memory is returned and the peak reset after compilation"
+)
+
+
+def environment() -> dict[str, Any]:
+    """Date, processor or accelerator, cores, and the versions that decide the speed."""
+    device = jax.devices()[0]
+    packages = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in packages if (version := _version(name))},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, which returns only when its work is done."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def measured_peak_flops(size: int = 2048, repeats: int = 20) -> float:
+    """FLOP/s of the best of `repeats` float32 products of two `size` x `size` matrices: this machine's peak."""
+    matrix = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    best = min(seconds_of(lambda: product(matrix, matrix).block_until_ready()) for _ in range(repeats))
+    return 2 * size**3 / best
+
+
+class PeakMemory:
+    """Growth of the peak resident set while the block runs, on Linux (see MEMORY_PROBE); `growth` is None elsewhere."""
+
+    growth: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        self._supported = Path("/proc/self/clear_refs").exists()
+        if self._supported:
+            ctypes.CDLL(None).malloc_trim(0)  # what compilation freed would otherwise hide what the steps take
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._supported:
+            self.growth = max(0, _status("VmHWM") - self._before)
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
