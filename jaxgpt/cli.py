@@ -171,7 +171,7 @@ def parse(kind: type[T], arguments: list[str], default: T | None = None) -> T:
 
     settings = _settings(kind)
     spelled: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         flag, equals, _ = argument.partition("=")
         if flag.startswith("--") and flag not in settings and flag != "--help":
             raise ValueError(f"there is no setting {flag}{suggestion(flag, settings)}")
