@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ class LanguageModel:
                 f"{len(ids)} prompt tokens and {max_new_tokens} new ones are {excess} more than the context of "
                 f"{self.config.context}; ask for fewer, or --truncate left to drop the oldest as the window fills"
             )
-        for token, _ in zip(self._decoder.tokens(self.parameters, ids, sampling), range(max_new_tokens), strict=False):
+        for token in itertools.islice(self._decoder.tokens(self.parameters, ids, sampling), max_new_tokens):
             if token == self.tokenizer.end_of_text:
                 return
             yield token

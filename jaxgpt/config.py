@@ -69,7 +69,7 @@ class GPTConfig:
             require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("vocab_size", "hidden", "unroll"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"model.{name} is {value}; it must be at least 1")
+            require(value is None or value >= 1, f"model.{name.replace('_', '-')} is {value}; it must be at least 1")
         require(
             self.width % self.heads == 0,
             f"model.heads is {self.heads}, which does not divide model.width {self.width}",
@@ -268,11 +268,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(kind: type[T], values: dict[str, Any], where: str = "") -> T:
+def from_dict(kind: type[T], values: Any, where: str = "") -> T:
     """Build `kind` from what `to_dict` returned.
 
     Raises:
-        ValueError: a key that `kind` does not have, or a value of the wrong type; the key is named.
+        ValueError: no object, a key that `kind` does not have, or a value of the wrong type; the key is named.
     """
     hints = typing.get_type_hints(kind)
     if not isinstance(values, dict):

@@ -19,7 +19,7 @@ def default() -> TrainConfig:
     """
     return TrainConfig(
         model=GPTConfig(context=128, layers=4, heads=3, width=192, bias=False),
-        data=DataConfig(tokenizer="bpe", vocab_size=2048, batch_size=16),
+        data=DataConfig(tokenizer="bpe", vocab_size=2048, held_out=0.05, batch_size=16),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=6e-3,
@@ -28,8 +28,8 @@ def default() -> TrainConfig:
             warmup_steps=50,
             weight_decay=0.05,
         ),
-        steps=700,
-        eval_interval=100,
+        steps=600,
+        eval_interval=150,
     )
 
 

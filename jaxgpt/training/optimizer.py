@@ -75,32 +75,37 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     def decayed(parameters: Any) -> Any:
         return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 
-    adam = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
-    if config.name == "adamw":
-        rule = optax.adamw(config.learning_rate, **adam, weight_decay=config.weight_decay, mask=decayed)
-    else:
-        rule = optax.contrib.muon(
+    rule = optax.adamw(
+        config.learning_rate,
+        config.beta1,
+        config.beta2,
+        config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+    if config.name == "muon":
+        muon = optax.contrib.muon(
             config.muon_learning_rate,
             weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
-            adam_learning_rate=config.learning_rate,
             muon_weight_dimension_numbers=_muon_dimensions,
         )
+        rule = optax.partition({"muon": muon, "adamw": rule}, _groups)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.with_extra_args_support(optax.chain(clip, rule, scale_by_position(make_schedule(config, steps))))
 
 
+def _groups(parameters: Any) -> Any:
+    """Which rule changes which parameter: Muon the blocks' matrices, AdamW the rest."""
+
+    def group(path: tuple[Any, ...], leaf: Any) -> str:
+        return "muon" if "blocks" in _names(path) and is_matrix(path, leaf) else "adamw"
+
+    return jax.tree_util.tree_map_with_path(group, parameters)
+
+
 def _muon_dimensions(parameters: Any) -> Any:
-    """Muon's groups: the blocks' matrices (in, out), each layer on its own; None leaves the rest to AdamW."""
-
-    def dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        stacked = "blocks" in _names(path) and is_matrix(path, leaf)
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if stacked else None
-
-    return jax.tree_util.tree_map_with_path(dimensions, parameters)
+    """Of Muon's parameters (L, in, out): each layer is a matrix of its own."""
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2), parameters)
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
