@@ -212,7 +212,7 @@ def main(arguments: Sequence[str]) -> int:
     rest = list(arguments)
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "shakespeare-char-cpu"
     try:
-        options = parse(Options, rest)
+        options = parse(Options, rest, "train_step.py [RECIPE]")
         config, vocab_size = configure(recipe, options)
         keep_freed_memory()
         result = measure(config, vocab_size, options)

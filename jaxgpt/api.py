@@ -24,9 +24,11 @@ from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path
 from jaxgpt.tasks.lm import LanguageModelling
 from jaxgpt.training import loop, metrics
 from jaxgpt.training.parallel import Layout, choose_layout
-from jaxgpt.training.report import Reporter, describe_evaluation
+from jaxgpt.training.report import Reporter
 
 RUNS = Path("runs")
+DEFAULT_NEW_TOKENS = 256
+Truncate = Literal["never", "left"]
 # What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
 FREE_ON_RESUME = frozenset(
     {"steps", "max-seconds", "out", "resume", "quiet", "tensorboard", "sample-tokens", "data.path", "data.cache"}
@@ -69,10 +71,12 @@ def train(
         run.check_free()
     layout = choose_layout(config.parallel, config.data.batch_size)
     text = prepare(config.data, report.say)
+    if resuming and run.describe()["data"] != text.fingerprint:
+        raise ValueError(f"{run.path} was trained on other data, or with another tokenizer or split, than is given now")
     config = _resolve(config, text)
     task = LanguageModelling(config, text)
     if resuming:
-        _check_same_run(run, config, text)
+        _check_same_run(run, config)
     else:
         run.create()
     run.describe_as(
@@ -102,17 +106,14 @@ def _resolve(config: TrainConfig, text: TokenizedText) -> TrainConfig:
     )
 
 
-def _check_same_run(run: RunFolder, config: TrainConfig, text: TokenizedText) -> None:
-    """Refuse to resume a run as something else."""
-    description = run.describe()
-    saved = flatten(from_dict(TrainConfig, description["config"]))
+def _check_same_run(run: RunFolder, config: TrainConfig) -> None:
+    """Refuse to resume a run with settings that would make it another."""
+    saved = flatten(from_dict(TrainConfig, run.describe()["config"]))
     for key, value in flatten(config).items():
         if key not in FREE_ON_RESUME and value != saved[key]:
             raise ValueError(
                 f"{run.path} was trained with {key} {saved[key]}, not {value}; resume it without that flag"
             )
-    if description["data"] != text.fingerprint:
-        raise ValueError(f"{run.path} was trained on other data than {', '.join(config.data.path) or 'this'}")
 
 
 def _announcement(config: TrainConfig, text: TokenizedText, layout: Layout) -> Iterator[str]:
@@ -139,10 +140,7 @@ def summary(outcome: loop.Outcome, run: RunFolder) -> str:
     """The last lines a person sees."""
     if outcome.interrupted:
         return f"stopped at step {outcome.step:,} and saved; go on with --resume --out {run.path}"
-    return (
-        f"step {outcome.step:,}  {describe_evaluation(outcome.evaluation)}\n"
-        f"everything lies in {run.path}; more text: jaxgpt generate --model {run.path} --prompt ..."
-    )
+    return f"\neverything lies in {run.path}; for more text:\njaxgpt generate --model {run.path} --prompt TEXT"
 
 
 @dataclass(frozen=True)
@@ -167,61 +165,58 @@ class LanguageModel:
     def _decoder(self) -> Decoder:
         return Decoder(functools.partial(next_token_logits, self.config), functools.partial(init_cache, self.config, 1))
 
-    def tokens(
-        self,
-        prompt: str,
-        max_new_tokens: int,
-        sampling: SamplingConfig,
-        truncate: Literal["never", "left"] = "never",
-    ) -> Iterator[int]:
-        """Yield the ids that continue `prompt`: at most `max_new_tokens`, none after end-of-text.
-
-        Raises:
-            ValueError: an empty prompt, or, unless `truncate` is "left", prompt and new tokens beyond the context.
-        """
+    def _encode(self, prompt: str, max_new_tokens: int | None, truncate: Truncate) -> tuple[list[int], int]:
+        """The prompt's ids, and how many may follow."""
         ids = self.tokenizer.encode(prompt)
-        excess = len(ids) + max_new_tokens - self.config.context
-        if excess > 0 and truncate == "never":
+        room = self.config.context - len(ids)
+        if max_new_tokens is None:
+            return ids, DEFAULT_NEW_TOKENS if truncate == "left" else max(1, min(DEFAULT_NEW_TOKENS, room))
+        if max_new_tokens > room and truncate == "never":
             raise ValueError(
-                f"{len(ids)} prompt tokens and {max_new_tokens} new ones are {excess} more than the context of "
-                f"{self.config.context}; ask for fewer, or --truncate left to drop the oldest as the window fills"
+                f"{len(ids)} prompt tokens and {max_new_tokens} new ones are {max_new_tokens - room} more than the "
+                f"context of {self.config.context}; ask for fewer, or --truncate left to drop the oldest"
             )
-        for token in itertools.islice(self._decoder.tokens(self.parameters, ids, sampling), max_new_tokens):
-            if token == self.tokenizer.end_of_text:
-                return
-            yield token
+        return ids, max_new_tokens
+
+    def _tokens(self, ids: list[int], limit: int, sampling: SamplingConfig | None) -> Iterator[int]:
+        """Yield at most `limit` ids that continue `ids`, none after end-of-text."""
+        tokens = itertools.islice(self._decoder.tokens(self.parameters, ids, sampling or SamplingConfig()), limit)
+        return itertools.takewhile(lambda token: token != self.tokenizer.end_of_text, tokens)
 
     def stream(
         self,
         prompt: str,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         sampling: SamplingConfig | None = None,
-        truncate: Literal["never", "left"] = "never",
+        truncate: Truncate = "never",
     ) -> Iterator[str]:
         """Yield the new text in pieces as it is made, never half a character. Arguments as in `generate`."""
-        return self.tokenizer.stream(self.tokens(prompt, max_new_tokens, sampling or SamplingConfig(), truncate))
+        ids, limit = self._encode(prompt, max_new_tokens, truncate)
+        return self.tokenizer.stream(self._tokens(ids, limit, sampling))
 
     def generate(
         self,
         prompt: str,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         sampling: SamplingConfig | None = None,
-        truncate: Literal["never", "left"] = "never",
+        truncate: Truncate = "never",
     ) -> Generated:
         """Continue `prompt`.
 
         Args:
             prompt: at least one token of text.
-            max_new_tokens: how many tokens to make at most.
-            sampling: temperature, top-k and seed.
+            max_new_tokens: how many tokens to make at most; None means `DEFAULT_NEW_TOKENS`, or what the context has
+                room for if that is less and nothing is dropped.
+            sampling: temperature, top-k and seed (default: `SamplingConfig()`).
             truncate: "left" drops the oldest tokens where prompt and text outgrow the context; "never" refuses.
 
         Raises:
-            ValueError: see `tokens`.
+            ValueError: an empty prompt, a character that the tokenizer does not have, or, unless `truncate` is
+                "left", prompt and new tokens beyond the context.
         """
-        new = tuple(self.tokens(prompt, max_new_tokens, sampling or SamplingConfig(), truncate))
-        reason: Literal["stop", "length"] = "length" if len(new) == max_new_tokens else "stop"
-        return Generated(prompt, self.tokenizer.decode(new), new, reason)
+        ids, limit = self._encode(prompt, max_new_tokens, truncate)
+        new = tuple(self._tokens(ids, limit, sampling))
+        return Generated(prompt, self.tokenizer.decode(new), new, "length" if len(new) == limit else "stop")
 
 
 def load(path: str | os.PathLike[str], *, checkpoint: Literal["best", "last"] = "best") -> LanguageModel:

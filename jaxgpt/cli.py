@@ -10,13 +10,15 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from jaxgpt import recipes
 from jaxgpt.config import SamplingConfig, TrainConfig, from_dict, require, suggestion
@@ -50,8 +52,8 @@ class GenerateOptions:
     """a run folder"""
     prompt: tuple[str, ...] = ()
     """what to continue, one or several (default: standard input)"""
-    max_new_tokens: int = 256
-    """how many tokens to make at most"""
+    max_new_tokens: int | None = None
+    """how many tokens to make at most (default: 256, or what the model's context has room for)"""
     temperature: float = SamplingConfig.temperature
     """divides the logits; 0 takes the most likely token"""
     top_k: int | None = None
@@ -66,7 +68,8 @@ class GenerateOptions:
     """print one JSON object a prompt: prompt, text, tokens (the new ids), finish_reason"""
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, f"max-new-tokens is {self.max_new_tokens}; it must be at least 1")
+        limit = self.max_new_tokens
+        require(limit is None or limit >= 1, f"max-new-tokens is {limit}; it must be at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if not debug:
+        _silence_libraries()
     try:
         return _run(arguments)
     except SystemExit as end:  # --help of a verb
@@ -89,6 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"jaxgpt: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, BAD_INPUT) else 1
+
+
+def _silence_libraries() -> None:
+    """Orbax prints the traceback of every thread of a failed save; the error itself reaches us, and so the user."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    threading.excepthook = lambda arguments: None
 
 
 def _one_line(error: Exception) -> str:
@@ -114,14 +125,18 @@ def _train(arguments: list[str]) -> int:
     recipe = named or "default"
     if any(argument in ("-h", "--help") for argument in arguments):
         print(TRAIN_USAGE.format(recipes=recipes.describe()))
-    config = parse(TrainConfig, arguments, default=recipes.recipe(recipe))
+    prog = "python train.py [RECIPE]"
+    config = parse(TrainConfig, arguments, prog, default=recipes.recipe(recipe))
 
     # Everything below needs JAX; what is above answers without it.
     from jaxgpt import api
     from jaxgpt.storage.runs import RunFolder
 
     run = RunFolder(api.run_path(config, recipe))
-    if config.resume == "latest" and run.exists():
+    if config.resume == "latest" and not run.exists():
+        started = named is not None or any(flag.startswith(("--data", "--model", "--optimizer")) for flag in arguments)
+        require(started, f"there is no run in {run.path} to resume; name a recipe or its data to start one")
+    elif config.resume == "latest":
         description = run.describe()
         require(
             named in (None, description["recipe"]),
@@ -129,7 +144,7 @@ def _train(arguments: list[str]) -> int:
         )
         recipe = description["recipe"]
         saved = dataclasses.replace(from_dict(TrainConfig, description["config"]), out=str(run.path))
-        config = parse(TrainConfig, arguments, default=saved)
+        config = parse(TrainConfig, arguments, prog, default=saved)
     report = make_reporter(config.quiet)
     outcome, run = api.train(config, recipe=recipe, report=report)
     report.say(api.summary(outcome, run))
@@ -137,7 +152,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _generate(arguments: list[str]) -> int:
-    options = parse(GenerateOptions, arguments)
+    options = parse(GenerateOptions, arguments, "jaxgpt generate")
     sampling = SamplingConfig(options.temperature, options.top_k, options.seed)
     from jaxgpt import api
 
@@ -160,8 +175,10 @@ def _generate(arguments: list[str]) -> int:
 T = TypeVar("T")
 
 
-def parse(kind: type[T], arguments: list[str], default: T | None = None) -> T:
+def parse(kind: type[T], arguments: list[str], prog: str, default: T | None = None) -> T:
     """Turn flags into a dataclass. A bare `--quiet` means `--quiet True`, a bare `--resume` means `--resume latest`.
+
+    Of a flag given twice the last counts; one that takes several values gets them all.
 
     Raises:
         ValueError: an unknown flag (the nearest is named) or a value that does not fit, in one sentence.
@@ -170,24 +187,43 @@ def parse(kind: type[T], arguments: list[str], default: T | None = None) -> T:
     import tyro
 
     settings = _settings(kind)
-    spelled: list[str] = []
-    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
-        flag, equals, _ = argument.partition("=")
-        if flag.startswith("--") and flag not in settings and flag != "--help":
+    given: dict[str, list[str]] = {}
+    for flag, values in _grouped(arguments):
+        if flag not in (*settings, "--help"):
             raise ValueError(f"there is no setting {flag}{suggestion(flag, settings)}")
-        bare = flag in settings and not equals and following.startswith("--")
-        spelled.append(argument)
-        if bare and (settings[flag] is bool or flag == "--resume"):
-            spelled.append("latest" if flag == "--resume" else "True")
+        if get_origin(settings.get(flag)) is tuple:
+            require(bool(values), f"{flag} needs a value")
+            given.setdefault(flag, []).extend(values)
+        elif settings.get(flag) is bool:
+            given[flag] = [value.capitalize() for value in values] or ["True"]
+        else:
+            given[flag] = values or (["latest"] if flag == "--resume" else [])
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             options: dict[str, Any] = {} if default is None else {"default": default}
-            return tyro.cli(kind, prog="jaxgpt", args=spelled, config=(tyro.conf.FlagConversionOff,), **options)
+            spelled = [word for flag, values in given.items() for word in (flag, *values)]
+            return tyro.cli(kind, prog=prog, args=spelled, config=(tyro.conf.FlagConversionOff,), **options)
     except SystemExit as end:
         if not end.code:
             raise
         raise ValueError(_first_sentence(errors.getvalue())) from None
+
+
+def _grouped(arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """Each flag with the values after it, in either spelling: `--name value ...` or `--name=value`."""
+    groups: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument == "-h":
+            groups.append(("--help", []))
+        elif argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            groups.append((flag, [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(argument)
+        else:
+            raise ValueError(f"{argument} stands where a setting (--name value) should")
+    return groups
 
 
 def _settings(kind: type, prefix: str = "--") -> dict[str, Any]:
@@ -204,4 +240,7 @@ def _first_sentence(box: str) -> str:
     """The message of a tyro error, out of the box that is drawn around it."""
     lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
     message = lines[: next((n for n, line in enumerate(lines) if re.fullmatch("─*", line)), len(lines))]
-    return " ".join(message) or "the arguments could not be read"
+    text = re.sub(r"^Error parsing \w+(\.\w+)*: ", "", " ".join(message))  # a dataclass has refused: its words suffice
+    text = re.sub(r"invalid literal for int\(\) with base 10: ", "a whole number is needed, not ", text)
+    text = re.sub(r"could not convert string to float: ", "a number is needed, not ", text)
+    return text.removeprefix("Error parsing ") or "the arguments could not be read"

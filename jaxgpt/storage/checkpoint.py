@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            # Orbax raises here once more what `wait` has raised already.
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
 
     @property
     def steps(self) -> list[int]:
@@ -117,15 +120,21 @@ class Checkpoints:
             custom = self._checkpointer.checkpointables_metadata(step).custom_metadata
             trees = self._checkpointer.load_checkpointables(step, targets)
         except Exception as error:
-            raise DamagedCheckpointError(f"the checkpoint {path} cannot be read: {_root_cause(error)}") from error
+            reason = f"the checkpoint {path} cannot be read: {_root_cause(error)}"
+            raise DamagedCheckpointError(reason + self._way_out(step)) from error
         if not isinstance(custom, dict) or custom.get("format") != FORMAT:
             raise DamagedCheckpointError(f"the checkpoint {path} is not of format {FORMAT}, the one this version reads")
         for name, checksum in checksums(trees).items():
             if custom["checksums"].get(name) != checksum:
                 raise DamagedCheckpointError(
                     f"the checkpoint {path} is damaged: {name} does not have the checksum it was saved with"
+                    + self._way_out(step)
                 )
         return trees, custom["extra"]
+
+    def _way_out(self, step: int) -> str:
+        others = [other for other in self.steps if other != step]
+        return f"; without that folder, the checkpoint of step {others[-1]} is taken" if others else ""
 
     def _write_error(self, step: int, error: Exception) -> OSError:
         return OSError(f"the checkpoint of step {step} could not be written to {self.folder}: {_root_cause(error)}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -79,6 +81,8 @@ class Stop:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait
         self.requested = True
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C once more leaves at once\n")
 
 
 def train(task: Task, config: TrainConfig, run: RunFolder, layout: Layout, report: Reporter) -> Outcome:
@@ -134,6 +138,9 @@ class _Loop:
     def run(self) -> Outcome:
         config, state = self.config, self._start()
         step = int(state.step)
+        if step >= config.steps:
+            self.report.say(f"nothing left to do: the run has its {step:,} steps; a greater --steps goes on")
+            return Outcome(step, self.evaluation, interrupted=False)
         if not step:
             self._evaluate(state, step)
         pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -239,7 +246,7 @@ class _Loop:
         self.checkpoints.save(step, _trees(state), metrics=metrics, extra=extra)
 
     def _finish(self, state: TrainState, step: int) -> None:
-        """Evaluate and save, unless a resumed run had nothing left to do; then show a sample."""
+        """Evaluate, save, show a sample."""
         if self.evaluated != step:
             self._evaluate(state, step)
         if step not in self.checkpoints.steps:

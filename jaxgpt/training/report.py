@@ -77,8 +77,7 @@ class TerminalReporter(PlainReporter):
             TextColumn("step {task.fields[step]:,}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -86,14 +85,15 @@ class TerminalReporter(PlainReporter):
 
     def say(self, text: str) -> None:
         # The progress bar owns the lines below the cursor while it runs; markup is off, as the text is anything.
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(text, markup=False, highlight=False)
 
     def begin(self, steps: int) -> None:
-        self._task = self._progress.add_task("train", total=steps, step=0, loss=float("nan"), rate=0.0)
+        self._task = self._progress.add_task("train", total=steps, step=0, status="compiling")
         self._progress.start()
 
     def step(self, step: int, loss: float, tokens_per_second: float, position: float) -> None:
-        self._progress.update(self._task, completed=position, step=step, loss=loss, rate=tokens_per_second)
+        status = f"loss {loss:.4f} {tokens_per_second:,.0f} tokens/s"
+        self._progress.update(self._task, completed=position, step=step, status=status)
 
     def finish(self) -> None:
         self._progress.stop()

@@ -1,0 +1,275 @@
+"""Checkpoints: what comes back is what was saved, or an error that says so; the newest and the best are kept."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxgpt.storage.checkpoint import METRIC, Checkpoints, DamagedCheckpointError, checksums
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_trees(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "parameters": {
+            "blocks": {"kernel": jax.random.normal(keys[0], (2, 3, 4))},
+            "half": jax.random.normal(keys[1], (5, 7)).astype(jnp.bfloat16),
+        },
+        "optimizer": (jnp.int32(seed), {"moment": jax.random.normal(keys[2], (40,)), "mask": jnp.arange(3) > seed}),
+    }
+
+
+def shapes_of(trees):
+    return jax.eval_shape(lambda: trees)
+
+
+def device():
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+def assert_bit_equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert np.array(a).tobytes() == np.array(b).tobytes()
+
+
+def save(folder, losses, start=1):
+    """Save a checkpoint for each loss (None: not measured) at steps start, start + 1, ..."""
+    checkpoints = Checkpoints(folder)
+    for step, loss in enumerate(losses, start):
+        metrics = None if loss is None else {METRIC: loss}
+        checkpoints.save(step, make_trees(step), metrics=metrics, extra={"seconds": 1.5, "step": step})
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    save(folder, [2.0])
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def restore(folder, step=1, shapes=None, sharding=None):
+    shapes = shapes_of(make_trees(step)) if shapes is None else shapes
+    return Checkpoints(folder, read_only=True).restore(step, shapes, sharding or device())
+
+
+def test_what_was_saved_comes_back_bit_by_bit(saved):
+    trees, extra = restore(saved)
+    assert_bit_equal(trees, make_trees(1))
+    assert extra == {"seconds": 1.5, "step": 1}
+
+
+def test_parameters_come_back_alone(saved):
+    wanted = {"parameters": make_trees(1)["parameters"]}
+    trees, _ = restore(saved, shapes=shapes_of(wanted))
+    assert_bit_equal(trees, wanted)
+
+
+def test_any_number_of_devices_reads_it(saved):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    trees, _ = restore(saved, sharding=NamedSharding(mesh, PartitionSpec()))
+    assert_bit_equal(trees, make_trees(1))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(trees)} == {4}
+
+
+def test_what_several_devices_hold_is_saved_once(tmp_path):
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    trees = jax.device_put(make_trees(1), NamedSharding(mesh, PartitionSpec()))
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, trees, metrics=None, extra={})
+    checkpoints.close()
+    assert_bit_equal(restore(tmp_path / "c")[0], make_trees(1))
+
+
+def test_arrays_may_be_donated_once_save_returns(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    trees = make_trees(1)
+    checkpoints.save(1, trees, metrics=None, extra={})
+    jax.tree.map(lambda leaf: leaf.delete(), trees)
+    checkpoints.close()
+    assert_bit_equal(restore(tmp_path / "c")[0], make_trees(1))
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept", "best"),
+    [
+        ([3.0, 1.0, 2.0, 2.5], [2, 4], 2),
+        ([3.0, 2.0, 1.0], [3], 3),
+        ([1.0, None, None], [1, 3], 1),
+        ([None, None], [2], 2),
+    ],
+)
+def test_the_newest_and_the_best_are_kept_and_nothing_else(tmp_path, losses, kept, best):
+    save(tmp_path / "c", losses)
+    for checkpoints in (Checkpoints(tmp_path / "c"), Checkpoints(tmp_path / "c", read_only=True)):
+        assert (checkpoints.steps, checkpoints.latest_step, checkpoints.best_step) == (kept, kept[-1], best)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == sorted(map(str, kept))
+
+
+def test_a_resumed_run_still_knows_the_best(tmp_path):
+    save(tmp_path / "c", [1.0, 3.0])
+    save(tmp_path / "c", [2.0], start=3)
+    assert Checkpoints(tmp_path / "c", read_only=True).steps == [1, 3]
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    assert (checkpoints.steps, checkpoints.latest_step, checkpoints.best_step) == ([], None, None)
+
+
+def payloads(folder):
+    """The files that hold the bytes of the arrays."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d")
+
+
+def test_a_flipped_bit_is_noticed(copy):
+    """In every payload file, at several offsets: either an error, or (in unused bytes) what was saved."""
+    files = payloads(copy / "1")
+    assert files
+    generator, noticed = np.random.default_rng(0), 0
+    for file in files:
+        data = file.read_bytes()
+        for offset in generator.integers(0, len(data), 6).tolist():
+            damaged = bytearray(data)
+            damaged[offset] ^= 1 << int(generator.integers(8))
+            file.write_bytes(damaged)
+            try:
+                trees, _ = restore(copy)
+            except DamagedCheckpointError as error:
+                assert f"{copy / '1'}" in str(error) and "\n" not in str(error)
+                noticed += 1
+            else:
+                assert_bit_equal(trees, make_trees(1))
+        file.write_bytes(data)
+    assert noticed
+    assert_bit_equal(restore(copy)[0], make_trees(1))
+
+
+def test_another_value_that_reads_well_is_noticed(tmp_path, saved):
+    """What Orbax cannot see: a checkpoint whose arrays are those of another, whole and readable."""
+    save(tmp_path / "c", [2.0], start=1)
+    other = Checkpoints(tmp_path / "other")
+    other.save(1, make_trees(9), metrics={METRIC: 2.0}, extra={})
+    other.close()
+    shutil.rmtree(tmp_path / "c" / "1" / "optimizer")
+    shutil.copytree(tmp_path / "other" / "1" / "optimizer", tmp_path / "c" / "1" / "optimizer")
+    with pytest.raises(DamagedCheckpointError, match="optimizer/.* does not have the checksum"):
+        restore(tmp_path / "c")
+    parameters = {"parameters": make_trees(1)["parameters"]}
+    assert_bit_equal(restore(tmp_path / "c", shapes=shapes_of(parameters))[0], parameters)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "delete"])
+def test_a_shortened_or_missing_file_is_noticed(copy, harm):
+    for file in (path for path in sorted((copy / "1").rglob("*")) if path.is_file()):
+        data = file.read_bytes()
+        file.unlink()
+        if harm == "truncate":
+            file.write_bytes(data[: len(data) // 2])
+        try:
+            trees, _ = restore(copy)
+        except DamagedCheckpointError as error:
+            assert str(copy / "1") in str(error)
+        else:  # files that only other programs need
+            assert_bit_equal(trees, make_trees(1))
+            assert file not in payloads(copy / "1")
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda p: p["blocks"].update(kernel=jnp.zeros((2, 3, 5))), "kernel"),
+        (lambda p: p["blocks"].update(bias=jnp.zeros(3)), "bias"),
+        (lambda p: p.pop("half"), "half"),
+    ],
+    ids=["another shape", "one more", "one less"],
+)
+def test_what_does_not_fit_is_named(saved, change, named):
+    wanted = make_trees(1)
+    change(wanted["parameters"])
+    with pytest.raises(DamagedCheckpointError, match=named):
+        restore(saved, shapes=shapes_of(wanted))
+
+
+def test_a_step_that_is_not_there_is_said(saved):
+    with pytest.raises(DamagedCheckpointError, match="2 cannot be read"):
+        restore(saved, step=2)
+
+
+def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path):
+    """While one saves, a copy of its folder is what a kill would leave: no step before it is whole."""
+    folder = tmp_path / "c"
+    save(folder, [1.0])
+    left = next(name for name in half_written_names(folder))
+    (folder / left / "parameters").mkdir(parents=True)
+    reader = Checkpoints(folder, read_only=True)
+    assert reader.steps == [1] and (folder / left).exists()  # a running writer's, for all a reader knows
+    assert_bit_equal(reader.restore(1, shapes_of(make_trees(1)), device())[0], make_trees(1))
+    writer = Checkpoints(folder)
+    assert writer.steps == [1]
+    writer.close()
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+def half_written_names(folder):
+    """What Orbax calls a checkpoint of step 2 that is not committed yet."""
+    yield "2.orbax-checkpoint-tmp"
+
+
+def test_a_failed_save_is_an_error_and_the_one_before_is_good(tmp_path):
+    """The disk is full (a limit on the size of files): OSError, at the latest when waiting; step 1 stays."""
+    program = f"""
+import resource, jax, jax.numpy as jnp
+from jaxgpt.storage.checkpoint import Checkpoints
+checkpoints = Checkpoints(__import__("pathlib").Path({str(tmp_path / "c")!r}))
+key = jax.random.key(0)
+checkpoints.save(1, {{"a": jax.random.normal(key, (10,))}}, metrics=None, extra={{}})
+checkpoints.wait()
+big = {{"a": jax.random.normal(key, (1_000_000,))}}
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+try:
+    checkpoints.save(2, big, metrics=None, extra={{}})
+    checkpoints.wait()
+except OSError as error:
+    print("failed:", error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("steps:", checkpoints.steps)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"failed: the checkpoint of step 2 could not be written to {tmp_path / 'c'}: " in result.stdout
+    assert "steps: [1]" in result.stdout
+    small = {"a": jax.random.normal(jax.random.key(0), (10,))}
+    for read_only in (True, False):
+        checkpoints = Checkpoints(tmp_path / "c", read_only=read_only)
+        assert checkpoints.steps == [1]
+        assert_bit_equal(checkpoints.restore(1, shapes_of(small), device())[0], small)
+        checkpoints.close()
+    assert os.listdir(tmp_path / "c") == ["1"]
+
+
+def test_checksums_are_of_the_bytes():
+    trees = make_trees(1)
+    before = checksums(trees)
+    assert before == checksums(jax.tree.map(np.asarray, trees)) and len(before) == 5
+    assert "parameters/blocks/kernel" in before
+    trees["parameters"]["half"] = trees["parameters"]["half"].at[2, 3].multiply(-1)
+    after = checksums(trees)
+    assert {name for name in before if before[name] != after[name]} == {"parameters/half"}

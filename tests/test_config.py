@@ -1,0 +1,135 @@
+"""Configs: JSON both ways without loss, and every bad value is refused in a sentence that names its flag."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxgpt.config import (
+    DataConfig,
+    GPTConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SamplingConfig,
+    TrainConfig,
+    flatten,
+    from_dict,
+    suggestion,
+    to_dict,
+)
+from jaxgpt.recipes import RECIPES, recipe
+
+UNUSUAL = TrainConfig(
+    model=GPTConfig(
+        vocab_size=300, context=32, layers=3, heads=2, width=8, hidden=24, dropout=0.5, bias=False, tied_head=False,
+        positions="sinusoidal", norm_epsilon=1e-6, init_std=0.1, parameter_dtype="float64", compute_dtype="bfloat16",
+        attention="blocked", remat=True, unroll=2,
+    ),
+    data=DataConfig(
+        path=("a", "b"), text_field="body", tokenizer="byte", vocab_size=512, unknown="token", held_out=0.25,
+        batch_size=8, sequence_length=16, cache="c",
+    ),
+    optimizer=OptimizerConfig(
+        name="muon", learning_rate=0.5, final_learning_rate=0.25, muon_learning_rate=0.125, schedule="wsd",
+        warmup_steps=3, decay_share=0.5, beta1=0.5, beta2=0.5, epsilon=0.5, weight_decay=0.5, clip_norm=None,
+    ),
+    parallel=ParallelConfig(strategy="mesh", devices=2, gradient_accumulation=2),
+    steps=7, seed=8, out="o", resume="latest", max_seconds=9.5, eval_interval=10, checkpoint_interval=11,
+    log_interval=12, sample_tokens=13, quiet=True, tensorboard=True,
+)  # fmt: skip
+
+
+def through_json(config):
+    return from_dict(TrainConfig, json.loads(json.dumps(to_dict(config))))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_json(name):
+    assert through_json(recipe(name)) == recipe(name)
+
+
+def test_every_field_survives_json():
+    default = flatten(TrainConfig())
+    assert [key for key, value in flatten(UNUSUAL).items() if value == default[key]] == []
+    assert through_json(UNUSUAL) == UNUSUAL
+
+
+def test_a_whole_number_is_a_float_where_one_is_wanted():
+    config = from_dict(TrainConfig, {"max_seconds": 60, "optimizer": {"learning_rate": 1}})
+    assert isinstance(config.max_seconds, float) and isinstance(config.optimizer.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "unknown key stepz; did you mean steps"),
+        ({"model": {"layrs": 3}}, "unknown key model.layrs; did you mean layers"),
+        ({"model": {"layers": "4"}}, "model.layers is '4'"),
+        ({"model": {"layers": 4.0}}, "model.layers is 4.0"),
+        ({"model": {"dropout": None}}, "model.dropout is None"),
+        ({"model": {"dropout": "0.1"}}, "model.dropout is '0.1'"),
+        ({"model": 3}, "model holds 3"),
+        ({"steps": True}, "steps is True"),
+        ({"max_seconds": True}, "max_seconds is True"),
+        ({"quiet": 1}, "quiet is 1"),
+        ({"data": {"path": "file.txt"}}, "data.path is 'file.txt'"),
+        ({"data": {"path": ["file.txt", 1]}}, "data.path is "),
+        ({"parallel": {"strategy": "pmapp"}}, "parallel.strategy is 'pmapp'"),
+        ({"resume": ["latest"]}, "resume is "),
+    ],
+)
+def test_json_that_is_no_config_is_refused_by_key(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(TrainConfig, values)
+
+
+@pytest.mark.parametrize("values", [None, [], "x", 3])
+def test_json_that_is_no_object_is_refused(values):
+    with pytest.raises(ValueError, match="the config holds .*; it must be an object"):
+        from_dict(TrainConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(f"model.{name}", 0) for name in ("context", "layers", "heads", "width", "vocab-size", "hidden", "unroll")]
+    + [("model.heads", 5), ("model.dropout", 1.0), ("model.dropout", -0.1), ("model.norm-epsilon", 0.0)]
+    + [("model.init-std", 0.0), ("model.init-std", float("nan"))]
+    + [("data.batch-size", 0), ("data.held-out", 0.0), ("data.held-out", 1.0), ("data.vocab-size", 256)]
+    + [("data.sequence-length", 0), ("data.sequence-length", 1025)]
+    + [(f"optimizer.{name}", 0.0) for name in ("learning-rate", "muon-learning-rate", "epsilon", "clip-norm")]
+    + [("optimizer.learning-rate", float("nan")), ("optimizer.final-learning-rate", -1.0)]
+    + [("optimizer.warmup-steps", -1), ("optimizer.weight-decay", -0.1), ("optimizer.beta1", 1.0)]
+    + [("optimizer.beta2", -0.1), ("optimizer.decay-share", 0.0), ("optimizer.decay-share", 1.1)]
+    + [("parallel.devices", 0), ("parallel.gradient-accumulation", 0)]
+    + [(name, 0) for name in ("steps", "eval-interval", "checkpoint-interval", "log-interval")]
+    + [("seed", -1), ("seed", 2**31), ("sample-tokens", -1), ("max-seconds", 0.0)],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_flag(key, value):
+    *section, name = key.replace("-", "_").split(".")
+    values = {section[0]: {name: value}} if section else {name: value}
+    with pytest.raises(ValueError, match=rf"^{key} is {value}, |^{key} is {value};"):
+        from_dict(TrainConfig, values)
+
+
+def test_sinusoids_need_an_even_width():
+    with pytest.raises(ValueError, match=r"model\.width is 9; sinusoidal"):
+        GPTConfig(width=9, heads=3, positions="sinusoidal")
+
+
+@pytest.mark.parametrize(("key", "value"), [("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0)])
+def test_bad_sampling_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"^{key.replace('_', '-')} is {value};"):
+        SamplingConfig(**{key: value})
+
+
+def test_what_follows_from_other_fields():
+    config = TrainConfig(model=GPTConfig(context=32, width=48), data=DataConfig(batch_size=5))
+    assert (config.sequence_length, config.tokens_per_step, config.model.hidden_width) == (32, 160, 192)
+    shorter = dataclasses.replace(config, data=DataConfig(batch_size=5, sequence_length=8))
+    assert (shorter.sequence_length, shorter.tokens_per_step) == (8, 40)
+    assert UNUSUAL.model.hidden_width == 24 and UNUSUAL.model.head_width == 4
+
+
+def test_a_name_is_suggested_only_if_one_is_near():
+    assert suggestion("layer", ["heads", "layers"]) == "; did you mean layers?"
+    assert suggestion("zzz", ["heads", "layers"]) == "; there are heads, layers"

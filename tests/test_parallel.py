@@ -1,0 +1,127 @@
+"""The same step on any number of devices: losses agree, the state has no replica axis, donated memory is reused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.config import GPTConfig, OptimizerConfig, ParallelConfig
+from jaxgpt.models.gpt import init_parameters
+from jaxgpt.tasks import lm
+from jaxgpt.training.optimizer import make_optimizer
+from jaxgpt.training.parallel import choose_layout
+from jaxgpt.training.step import TrainState, evaluate_step, train_step
+
+MODEL = GPTConfig(vocab_size=11, context=6, layers=1, heads=2, width=8, dropout=0.3, unroll=1)
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
+LOSS = functools.partial(lm.loss, MODEL)
+ROWS = 8
+
+
+def make_batch(step):
+    """Weights that differ from row to row, so that no two devices have the same share of the tokens."""
+    generator = np.random.default_rng(step)
+    tokens = generator.integers(0, 11, (ROWS, 7)).astype(np.int32)
+    weights = generator.uniform(0, 1, (ROWS, 6)).astype(np.float32)
+    weights[:3] = 0
+    row = np.arange(ROWS, dtype=np.int32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights, "row": row}
+
+
+def initial_state(layout):
+    parameters = init_parameters(MODEL, jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), parameters, OPTIMIZER.init(parameters))
+    return jax.device_put(state, layout.replicated)
+
+
+def run(strategy, devices, accumulation=1, steps=3):
+    layout = choose_layout(ParallelConfig(strategy, devices, accumulation), ROWS)
+    step = functools.partial(train_step, loss=LOSS, optimizer=OPTIMIZER, seed=5, micro_batches=accumulation)
+    program = layout.compile(step, scalars=1, donate=True)
+    evaluation = layout.compile(functools.partial(evaluate_step, loss=LOSS))
+    state, seen = initial_state(layout), []
+    for number in range(steps):
+        state, metrics = program(state, layout.place(make_batch(number)), np.float32(number))
+        seen.append({name: float(value) for name, value in metrics.items()})
+    held_out = [float(value) for value in evaluation(state.parameters, layout.place(make_batch(99)))]
+    return seen, held_out, state
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return run("single", None)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "accumulation"),
+    [("pmap", 1, 1), ("pmap", 2, 4), ("pmap", 4, 1), ("pmap", 8, 1), ("mesh", 4, 1), ("mesh", 8, 1), ("mesh", 2, 2)],
+)
+def test_any_number_of_devices_computes_the_same(on_one_device, strategy, devices, accumulation):
+    expected, expected_held_out, expected_state = on_one_device
+    seen, held_out, state = run(strategy, devices, accumulation)
+    for ours, theirs in zip(seen, expected, strict=True):
+        for name in ("loss", "gradient_norm", "tokens"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(held_out, expected_held_out, rtol=1e-5)
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [leaf.shape for leaf in jax.tree.leaves(expected_state)]
+    assert int(state.step) == 3
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {devices}
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("single", None), ("pmap", 4), ("mesh", 4)])
+def test_a_donated_state_is_gone_and_another_is_not(strategy, devices):
+    layout = choose_layout(ParallelConfig(strategy, devices), ROWS)
+
+    def step(state, batch, rate, *, reduce):
+        total = reduce(jnp.sum(batch["x"]))
+        return jax.tree.map(lambda x: x + rate * total, state)
+
+    batch = {"x": np.ones((ROWS, 2), np.float32)}
+    for donate in (True, False):
+        state = jax.device_put({"a": jnp.zeros((4, 4)), "b": jnp.ones(3)}, layout.replicated)
+        after = layout.compile(step, scalars=1, donate=donate)(state, layout.place(batch), np.float32(2))
+        np.testing.assert_array_equal(after["a"], np.full((4, 4), 4 * ROWS))
+        assert {leaf.is_deleted() for leaf in jax.tree.leaves(state)} == {donate}
+
+
+@pytest.mark.parametrize(
+    ("config", "batch_size", "strategy", "devices", "said"),
+    [
+        (ParallelConfig(), 8, "pmap", 8, False),
+        (ParallelConfig(), 64, "pmap", 8, False),
+        (ParallelConfig(), 12, "pmap", 6, True),
+        (ParallelConfig(), 13, "single", 1, True),
+        (ParallelConfig(), 1, "single", 1, True),
+        (ParallelConfig(devices=4), 12, "pmap", 4, False),
+        (ParallelConfig(devices=1), 12, "single", 1, False),
+        (ParallelConfig(gradient_accumulation=4), 8, "pmap", 2, True),
+        (ParallelConfig("single"), 13, "single", 1, False),
+        (ParallelConfig("pmap", 1), 13, "pmap", 1, False),
+        (ParallelConfig("mesh"), 16, "mesh", 8, False),
+    ],
+)
+def test_devices_are_chosen_by_what_divides_the_batch(config, batch_size, strategy, devices, said):
+    layout = choose_layout(config, batch_size)
+    assert (layout.strategy, len(layout.devices)) == (strategy, devices)
+    assert bool(layout.notes) == said
+    if said:
+        assert f"{batch_size}" in layout.notes[0] and f"using {devices}" in layout.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "batch_size", "message"),
+    [
+        (ParallelConfig(devices=9), 9, "parallel.devices is 9, but there are 8 local devices"),
+        (ParallelConfig("pmap"), 12, "data.batch-size 12 does not divide over 8 devices;"),
+        (ParallelConfig("mesh", 5), 12, "data.batch-size 12 does not divide over 5 devices;"),
+        (ParallelConfig("pmap", 4, 2), 12, "data.batch-size 12 does not divide over 4 devices x 2 micro-batches"),
+        (ParallelConfig("single", 2), 12, "parallel.strategy single runs on one device, not 2"),
+        (ParallelConfig("auto", None, 5), 12, "parallel.gradient-accumulation 5 does not divide data.batch-size 12"),
+        (ParallelConfig("single", None, 5), 12, "parallel.gradient-accumulation 5 does not divide"),
+    ],
+)
+def test_what_does_not_divide_is_refused(config, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        choose_layout(config, batch_size)
