@@ -105,7 +105,7 @@ def our_step(config: TrainConfig, tokens: np.ndarray) -> tuple[Callable[[], floa
             "row": np.arange(rows, dtype=np.int32),
         }
     )
-    program = layout.compile(step, scalars=1, donate=True)
+    program: Any = layout.compile(step, scalars=1, donate=True)
     position = np.float32(config.optimizer.warmup_steps)
     facts = {
         "strategy": layout.strategy,

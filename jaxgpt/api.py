@@ -30,11 +30,10 @@ RUNS = Path("runs")
 DEFAULT_NEW_TOKENS = 256
 Truncate = Literal["never", "left"]
 # What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
-FREE_ON_RESUME = frozenset(
-    {"steps", "max-seconds", "out", "resume", "quiet", "tensorboard", "sample-tokens", "data.path", "data.cache"}
-    | {"eval-interval", "checkpoint-interval", "log-interval"}
-    | {"parallel.strategy", "parallel.devices", "parallel.gradient-accumulation"}
-)
+BUDGETS = ("steps", "max-seconds", "out", "resume")
+LOGGING = ("quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-interval", "sample-tokens")
+PLACES = ("data.path", "data.cache", "parallel.strategy", "parallel.devices", "parallel.gradient-accumulation")
+FREE_ON_RESUME = frozenset((*BUDGETS, *LOGGING, "sample-prompt", *PLACES))
 
 
 def run_path(config: TrainConfig, recipe: str) -> Path:
@@ -99,10 +98,12 @@ def _resolve(config: TrainConfig, text: TokenizedText) -> TrainConfig:
     if model.vocab_size is not None and model.vocab_size < size:
         raise ValueError(f"the tokenizer has {size} tokens, more than model.vocab-size {model.vocab_size}")
     paths = tuple(path if path == "-" else os.path.abspath(path) for path in config.data.path)
+    named = config.data.tokenizer in ("byte", "character", "bpe")
+    tokenizer = config.data.tokenizer if named else os.path.abspath(config.data.tokenizer)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, vocab_size=model.vocab_size or size),
-        data=dataclasses.replace(config.data, path=paths),
+        data=dataclasses.replace(config.data, path=paths, tokenizer=tokenizer),
     )
 
 

@@ -126,7 +126,7 @@ def _train(arguments: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(TRAIN_USAGE.format(recipes=recipes.describe()))
     prog = "python train.py [RECIPE]"
-    config = parse(TrainConfig, arguments, prog, default=recipes.recipe(recipe))
+    config = parse(TrainConfig, arguments, prog, recipes.recipe(recipe))
 
     # Everything below needs JAX; what is above answers without it.
     from jaxgpt import api
@@ -144,7 +144,7 @@ def _train(arguments: list[str]) -> int:
         )
         recipe = description["recipe"]
         saved = dataclasses.replace(from_dict(TrainConfig, description["config"]), out=str(run.path))
-        config = parse(TrainConfig, arguments, prog, default=saved)
+        config = parse(TrainConfig, arguments, prog, saved)
     report = make_reporter(config.quiet)
     outcome, run = api.train(config, recipe=recipe, report=report)
     report.say(api.summary(outcome, run))
@@ -238,8 +238,11 @@ def _settings(kind: type, prefix: str = "--") -> dict[str, Any]:
 
 def _first_sentence(box: str) -> str:
     """The message of a tyro error, out of the box that is drawn around it."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    message = lines[: next((n for n, line in enumerate(lines) if re.fullmatch("─*", line)), len(lines))]
+    # Where the terminal has no such characters, tyro draws spaces and hyphens, and the title is a line of its own.
+    drawn = "│" in box
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = [number for number, line in enumerate(lines) if re.fullmatch("[─-]+", line)] + [len(lines)] * 2
+    message = lines[: rules[0]] if drawn else lines[rules[0] + 1 : rules[1]]
     text = re.sub(r"^Error parsing \w+(\.\w+)*: ", "", " ".join(message))  # a dataclass has refused: its words suffice
     text = re.sub(r"invalid literal for int\(\) with base 10: ", "a whole number is needed, not ", text)
     text = re.sub(r"could not convert string to float: ", "a number is needed, not ", text)

@@ -214,6 +214,8 @@ class TrainConfig:
     """steps between lines of metrics.jsonl; the first 20 steps are all logged"""
     sample_tokens: int = 256
     """tokens of the sample at the end; 0 for none"""
+    sample_prompt: str | None = None
+    """what the sample continues (default: a new document, or the start of a single text's held-out part)"""
     quiet: bool = False
     """print nothing but errors"""
     tensorboard: bool = False

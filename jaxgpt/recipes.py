@@ -30,6 +30,7 @@ def default() -> TrainConfig:
         ),
         steps=600,
         eval_interval=150,
+        sample_prompt="import os\n\n\nclass ",
     )
 
 

@@ -35,7 +35,7 @@ UNUSUAL = TrainConfig(
     ),
     parallel=ParallelConfig(strategy="mesh", devices=2, gradient_accumulation=2),
     steps=7, seed=8, out="o", resume="latest", max_seconds=9.5, eval_interval=10, checkpoint_interval=11,
-    log_interval=12, sample_tokens=13, quiet=True, tensorboard=True,
+    log_interval=12, sample_tokens=13, sample_prompt="p", quiet=True, tensorboard=True,
 )  # fmt: skip
 
 

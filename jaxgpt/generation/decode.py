@@ -29,7 +29,7 @@ class Decoder:
 
     def __init__(self, step: Step, new_cache: Callable[[], KVCache]) -> None:
         self._new_cache = new_cache
-        self._capacity = jax.eval_shape(new_cache).capacity
+        self._capacity = jax.eval_shape(lambda: new_cache().key).shape[2]
         self._advance = jax.jit(functools.partial(_advance, step), static_argnames="top_k", donate_argnums=3)
 
     def tokens(self, parameters: Any, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,11 @@ class Checkpoints:
         path = self.folder / str(step)
         targets = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
         try:
-            custom = self._checkpointer.checkpointables_metadata(step).custom_metadata
-            trees = self._checkpointer.load_checkpointables(step, targets)
+            metadata = self._checkpointer.checkpointables_metadata(step)
+            custom = metadata.custom_metadata
+            if isinstance(custom, dict) and custom.get("format") == FORMAT:
+                _check_fit(shapes, metadata.metadata, custom["checksums"])
+                trees, extra = self._checkpointer.load_checkpointables(step, targets), custom["extra"]
         except Exception as error:
             reason = f"the checkpoint {path} cannot be read: {_root_cause(error)}"
             raise DamagedCheckpointError(reason + self._way_out(step)) from error
@@ -130,7 +134,7 @@ class Checkpoints:
                     f"the checkpoint {path} is damaged: {name} does not have the checksum it was saved with"
                     + self._way_out(step)
                 )
-        return trees, custom["extra"]
+        return trees, extra
 
     def _way_out(self, step: int) -> str:
         others = [other for other in self.steps if other != step]
@@ -140,12 +144,25 @@ class Checkpoints:
         return OSError(f"the checkpoint of step {step} could not be written to {self.folder}: {_root_cause(error)}")
 
 
+def _check_fit(wanted: Trees, metadata: Trees, names: Collection[str]) -> None:
+    """Raise `ValueError` at the first leaf that is in the checkpoint or in `wanted` alone, or differs in its shape."""
+    here, there = _by_path(wanted), _by_path(metadata)
+    for name in sorted(here.keys() ^ {name for name in names if name.partition("/")[0] in wanted}):
+        raise ValueError(f"it has {'no' if name in here else 'a'} {name}, and the model has {'one' if name in here else 'none'}")
+    for name, leaf in here.items():
+        saved = there.get(name, leaf)
+        if (saved.shape, saved.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(f"{name} is {saved.dtype} {saved.shape} in it, and {leaf.dtype} {leaf.shape} in the model")
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def checksums(tree: Any) -> dict[str, int]:
     """CRC-32 of the bytes of every leaf, by its path in the tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(_bytes_of(leaf)) for path, leaf in leaves
-    }
+    return {name: zlib.crc32(_bytes_of(leaf)) for name, leaf in _by_path(tree).items()}
 
 
 def _bytes_of(leaf: Any) -> memoryview:

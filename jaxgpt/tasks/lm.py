@@ -46,6 +46,7 @@ class LanguageModelling:
         length, size = config.sequence_length, config.data.batch_size
         check_length(text.held_out, length, "held-out split")
         self._windows = WindowBatches(text.train, length, size, config.seed)
+        self._prompt_ids(config.sample_prompt or "")  # better refused now than when all is done
         self.evaluation_batches = functools.partial(evaluation_batches, text.held_out, length, size)
         self.init = functools.partial(init_parameters, config.model)
         self.loss: Loss = functools.partial(loss, config.model)
@@ -65,15 +66,23 @@ class LanguageModelling:
         }
 
     def sample(self, parameters: Parameters) -> Iterator[str]:
-        """Text by the model: a new document where there are several, else what follows the first held-out token."""
-        tokenizer, model = self._text.tokenizer, self._config.model
-        several = self._text.train.documents > 1
-        first = tokenizer.end_of_text if several else int(self._text.held_out.read(0, 1)[0])
+        """Text by the model, in pieces, the prompt (see `TrainConfig.sample_prompt`) first."""
+        tokenizer, model, prompt = self._text.tokenizer, self._config.model, self._config.sample_prompt or ""
+        first = self._prompt_ids(prompt)
         decoder = Decoder(functools.partial(next_token_logits, model), functools.partial(init_cache, model, 1))
         replicated = jax.tree.map(lambda x: x.addressable_data(0), parameters)
         sampling = SamplingConfig(seed=self._config.seed)
-        tokens = decoder.tokens(replicated, [first], sampling)
+        tokens = decoder.tokens(replicated, first, sampling)
         tokens = itertools.takewhile(
             lambda token: token != tokenizer.end_of_text, itertools.islice(tokens, self._config.sample_tokens)
         )
-        return tokenizer.stream(tokens)
+        return itertools.chain([prompt], tokenizer.stream(tokens))
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        if prompt:
+            try:
+                return self._text.tokenizer.encode(prompt)
+            except ValueError as error:
+                raise ValueError(f"sample-prompt: {error}; give another, or --sample-prompt None") from error
+        several = self._text.train.documents > 1
+        return [self._text.tokenizer.end_of_text] if several else self._text.held_out.read(0, 1).tolist()

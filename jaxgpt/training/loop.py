@@ -177,7 +177,7 @@ class _Loop:
         self.run_folder.rewind(-1 if latest is None else latest)
         if latest is None:
             return jax.device_put(jax.jit(self.initial_state)(), self.layout.replicated)
-        shapes = _trees(jax.eval_shape(self.initial_state))
+        shapes = jax.eval_shape(lambda: _trees(self.initial_state()))
         trees, extra = self.checkpoints.restore(latest, shapes, self.layout.replicated)
         self.started -= extra["seconds"]
         self.evaluation, self.evaluated = extra["evaluation"], extra["evaluated"]

@@ -45,7 +45,7 @@ class Layout:
             return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec(AXIS)))
         return jax.device_put(batch, self.replicated)
 
-    def compile(self, step: Callable[..., Any], *, scalars: int = 0, donate: bool = False) -> jax.stages.Wrapped:
+    def compile(self, step: Callable[..., Any], *, scalars: int = 0, donate: bool = False) -> Callable[..., Any]:
         """Turn `step(state, batch, *scalars, reduce=)` into a program for these devices.
 
         State and scalars go in whole and come out whole (`in_axes=None`, `out_axes=None`): the same pytree whatever
