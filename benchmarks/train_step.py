@@ -195,7 +195,8 @@ def table(recipe: str, config: TrainConfig, result: dict[str, Any]) -> str:
         ("step", f"{step['median'] * 1e3:.1f} ms, median ({step['min'] * 1e3:.1f} to {step['max'] * 1e3:.1f})"),
         ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
         ("MFU", f"{result['mfu']:.1%} of {result['peak_flops'] / 1e9:,.0f} GFLOP/s; {FORMULA}"),
-        ("memory", f"{size(result['peak_memory_bytes'])} ({result['peak_memory_probe']})"),
+        ("memory", f"{size(result['peak_memory_bytes'])}, peak of the steps"),
+        ("", f"({result['peak_memory_probe']})"),
     ]
     if "peer" in result:
         theirs = result["theirs"]

@@ -16,6 +16,7 @@ def default() -> TrainConfig:
     """A GPT that writes Python, from the source of the Python standard library on this machine.
 
     python train.py
+    Measured: 1.78 bits a byte held out (3.85 nats a token) in 4 minutes on 2 cores.
     """
     return TrainConfig(
         model=GPTConfig(context=128, layers=4, heads=3, width=192, bias=False),
@@ -38,6 +39,7 @@ def shakespeare_char_cpu() -> TrainConfig:
     """Shakespeare character by character on a CPU: nanoGPT's recipe for a laptop, flag for flag.
 
     python train.py shakespeare-char-cpu --data.path tinyshakespeare.txt
+    Measured: held-out loss 1.899 nats a character (mean of 3 seeds; nanoGPT 1.886 on a sample), 2.5 minutes on 2 cores.
     """
     return TrainConfig(
         model=GPTConfig(context=64, layers=4, heads=4, width=128, dropout=0.0, bias=False),
@@ -59,6 +61,7 @@ def shakespeare_char() -> TrainConfig:
     """Shakespeare character by character on one GPU: nanoGPT's recipe, flag for flag.
 
     python train.py shakespeare-char --data.path tinyshakespeare.txt
+    Not measured to the end: it needs an accelerator. nanoGPT reports 1.4697.
     """
     small = shakespeare_char_cpu()
     return replace(
@@ -73,6 +76,7 @@ def gpt2() -> TrainConfig:
     """GPT-2 124M at nanoGPT's OpenWebText settings: 600,000 steps of 491,520 tokens.
 
     python train.py gpt2 --data.path openwebtext/
+    Not measured to the end: it needs accelerators. nanoGPT reports about 2.85.
     """
     return TrainConfig(
         model=GPTConfig(vocab_size=50304, bias=False, compute_dtype="bfloat16"),

@@ -154,6 +154,19 @@ def payloads(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d")
 
 
+def is_noticed(folder):
+    """Whether restoring is refused, in one line that names the folder; if it is not, what was saved comes back."""
+    try:
+        trees, _ = restore(folder)
+    except DamagedCheckpointError as error:
+        message = str(error)
+    else:
+        assert_bit_equal(trees, make_trees(1))
+        return False
+    assert str(folder) in message and "\n" not in message
+    return True
+
+
 @orbax_leaves_coroutines
 def test_a_flipped_bit_is_noticed(copy):
     """In every payload file, at several offsets: either an error, or (in unused bytes) what was saved."""
@@ -166,13 +179,7 @@ def test_a_flipped_bit_is_noticed(copy):
             damaged = bytearray(data)
             damaged[offset] ^= 1 << int(generator.integers(8))
             file.write_bytes(damaged)
-            try:
-                trees, _ = restore(copy)
-            except DamagedCheckpointError as error:
-                assert f"{copy / '1'}" in str(error) and "\n" not in str(error)
-                noticed += 1
-            else:
-                assert_bit_equal(trees, make_trees(1))
+            noticed += is_noticed(copy)
         file.write_bytes(data)
     assert noticed
     assert_bit_equal(restore(copy)[0], make_trees(1))
@@ -186,7 +193,7 @@ def test_another_value_that_reads_well_is_noticed(tmp_path, saved):
     other.close()
     shutil.rmtree(tmp_path / "c" / "1" / "optimizer")
     shutil.copytree(tmp_path / "other" / "1" / "optimizer", tmp_path / "c" / "1" / "optimizer")
-    with pytest.raises(DamagedCheckpointError, match="optimizer/.* does not have the checksum"):
+    with pytest.raises(DamagedCheckpointError, match=r"optimizer/.* does not have the checksum"):
         restore(tmp_path / "c")
     parameters = {"parameters": make_trees(1)["parameters"]}
     assert_bit_equal(restore(tmp_path / "c", shapes=shapes_of(parameters))[0], parameters)
@@ -195,19 +202,15 @@ def test_another_value_that_reads_well_is_noticed(tmp_path, saved):
 @orbax_leaves_coroutines
 @pytest.mark.parametrize("harm", ["truncate", "delete"])
 def test_a_shortened_or_missing_file_is_noticed(copy, harm):
+    noticed = 0
     for file in (path for path in sorted((copy / "1").rglob("*")) if path.is_file()):
         data = file.read_bytes()
         file.unlink()
         if harm == "truncate":
             file.write_bytes(data[: len(data) // 2])
-        try:
-            trees, _ = restore(copy)
-        except DamagedCheckpointError as error:
-            assert str(copy / "1") in str(error)
-        else:  # files that only other programs need
-            assert_bit_equal(trees, make_trees(1))
-            assert file not in payloads(copy / "1")
+        noticed += is_noticed(copy)
         file.write_bytes(data)
+    assert noticed
 
 
 @pytest.mark.parametrize(

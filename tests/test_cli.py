@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 import jax
 import pytest
@@ -10,10 +11,26 @@ from jaxgpt.cli import GenerateOptions, main, parse
 from jaxgpt.config import TrainConfig
 from jaxgpt.recipes import RECIPES, recipe
 
-TINY = (
-    "--model.layers 1 --model.heads=1 --model.width 8 --model.context=8 --model.unroll 1 --data.tokenizer byte "
-    "--data.batch-size 4 --steps 2 --sample-tokens 4 --parallel.strategy single"
-).split()
+TINY = [
+    "--model.layers",
+    "1",
+    "--model.heads=1",
+    "--model.width",
+    "8",
+    "--model.context=8",
+    "--model.unroll",
+    "1",
+    "--data.tokenizer",
+    "byte",
+    "--data.batch-size",
+    "4",
+    "--steps",
+    "2",
+    "--sample-tokens",
+    "4",
+    "--parallel.strategy",
+    "single",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,11 +45,12 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # the program sets its own
     monkeypatch.chdir(tmp_path)
 
 
 def train_config(*flags):
-    return parse(TrainConfig, list(flags), "jaxgpt train", default=recipe("default"))
+    return parse(TrainConfig, list(flags), prog="jaxgpt train", default=recipe("default"))
 
 
 @pytest.mark.parametrize(
@@ -104,12 +122,12 @@ def test_a_bare_flag_is_yes():
     assert train_config("--resume").resume == "latest" and train_config("--resume", "--quiet").quiet
     assert train_config("--resume", "never").resume == "never"
     assert train_config("--tensorboard", "--quiet", "--model.remat").model.remat
-    assert parse(GenerateOptions, ["--model", "m", "--json"], "jaxgpt generate").json
+    assert parse(GenerateOptions, ["--model", "m", "--json"], prog="jaxgpt generate").json
 
 
 def test_what_is_not_given_stays_the_recipes():
     assert train_config() == recipe("default")
-    changed = parse(TrainConfig, ["--seed", "5"], "jaxgpt train", default=recipe("gpt2"))
+    changed = parse(TrainConfig, ["--seed", "5"], prog="jaxgpt train", default=recipe("gpt2"))
     assert changed.seed == 5 and changed.model == recipe("gpt2").model
 
 
@@ -140,7 +158,7 @@ def test_train_then_generate(capsys, tmp_path, monkeypatch):
     assert main(["train", "--out", "run", "--resume", "--steps", "3", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
 
-    common = "generate --model run --max-new-tokens 4 --seed 3".split()
+    common = ["generate", "--model", "run", "--max-new-tokens", "4", "--seed", "3"]
     assert main([*common, "--prompt", "ab", "c", "--json"]) == 0
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert [set(first), first["prompt"], second["prompt"]] == [{"prompt", "text", "tokens", "finish_reason"}, "ab", "c"]

@@ -85,7 +85,7 @@ def test_json_that_is_no_config_is_refused_by_key(values, message):
 
 @pytest.mark.parametrize("values", [None, [], "x", 3])
 def test_json_that_is_no_object_is_refused(values):
-    with pytest.raises(ValueError, match="the config holds .*; it must be an object"):
+    with pytest.raises(ValueError, match=r"the config holds .*; it must be an object"):
         from_dict(TrainConfig, values)
 
 

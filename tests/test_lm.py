@@ -75,7 +75,9 @@ def test_dropout_keys_change_the_loss_and_their_absence_does_not(task):
 def test_the_held_out_loss_does_not_depend_on_the_batch_size(config):
     text, results = prepare(config.data), []
     for size in (3, 7):
-        task = LanguageModelling(dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size)), text)
+        task = LanguageModelling(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size)), text
+        )
         evaluate = jax.jit(functools.partial(evaluate_step, loss=task.loss))
         parameters = task.init(jax.random.key(0))
         sums = [evaluate(parameters, batch) for batch in task.evaluation_batches()]

@@ -81,10 +81,10 @@ MATRICES = {"blocks": {"kernel": True, "bias": False, "scale": False}, "embeddin
 
 def run(optimizer, parameters, gradients, ours=True):
     """Parameters after each step."""
-    state, seen = optimizer.init(parameters), []
+    state, seen, update = optimizer.init(parameters), [], jax.jit(optimizer.update)
     for position, gradient in enumerate(gradients):
         extra = {"position": jnp.asarray(float(position))} if ours else {}
-        updates, state = optimizer.update(gradient, state, parameters, **extra)
+        updates, state = update(gradient, state, parameters, **extra)
         parameters = optax.apply_updates(parameters, updates)
         seen.append(parameters)
     return seen
@@ -107,7 +107,9 @@ def test_it_is_optaxs_own_chain(x64):
     parameters = random_tree(0)
     gradients = [random_tree(n + 1, scale=10.0 ** (n % 3 - 1)) for n in range(8)]
     ours = run(make_optimizer(config, 8), parameters, gradients)
-    assert_trees_close(ours, run(theirs, parameters, gradients, ours=False), rtol=1e-6, atol=1e-9)
+    assert_trees_close(
+        ours, run(theirs, parameters, gradients, ours=False), rtol=1e-5, atol=1e-7
+    )  # Optax's schedule is in float32
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), ours[-1], parameters))) > 0.01
 
 
@@ -185,5 +187,6 @@ def test_muon_changes_the_blocks_matrices_by_orthogonal_steps_and_the_rest_as_ad
 def test_updates_keep_the_type_of_their_parameters():
     parameters = random_tree(0, dtype="bfloat16")
     optimizer = make_optimizer(OptimizerConfig(), 10)
-    updates, _ = optimizer.update(parameters, optimizer.init(parameters), parameters, position=jnp.float32(5))
+    state = optimizer.init(parameters)
+    updates, _ = jax.jit(optimizer.update)(parameters, state, parameters, position=jnp.float32(5))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {"bfloat16"}

@@ -70,7 +70,7 @@ def test_the_docstring_holds_the_command(name):
     words = shlex.split(command)[2:]
     if name != "default":
         assert words.pop(0) == name
-    assert parse(TrainConfig, words, "train.py", default=recipe(name)).steps == recipe(name).steps
+    assert parse(TrainConfig, words, prog="train.py", default=recipe(name)).steps == recipe(name).steps
     assert command in describe()
 
 

@@ -34,11 +34,16 @@ class Checkpoints:
         keep = ocp.training.preservation_policies
         best = keep.BestN(get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self.folder = folder.absolute()
-        self._checkpointer = ocp.training.Checkpointer(
-            self.folder,
-            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(1), best]),
-            cleanup_tmp_directories=not read_only,
-        )
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.folder,
+                preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(1), best]),
+                cleanup_tmp_directories=not read_only,
+            )
+        except ValueError as error:  # it reads the metrics of all of them
+            raise DamagedCheckpointError(
+                f"a checkpoint in {self.folder} cannot be read: {_root_cause(error)}"
+            ) from error
         self._pending: Any = None
 
     def save(self, step: int, trees: Trees, *, metrics: dict[str, float] | None, extra: dict[str, Any]) -> None:
@@ -148,7 +153,9 @@ def _check_fit(wanted: Trees, metadata: Trees, names: Collection[str]) -> None:
     """Raise `ValueError` at the first leaf that is in the checkpoint or in `wanted` alone, or differs in its shape."""
     here, there = _by_path(wanted), _by_path(metadata)
     for name in sorted(here.keys() ^ {name for name in names if name.partition("/")[0] in wanted}):
-        raise ValueError(f"it has {'no' if name in here else 'a'} {name}, and the model has {'one' if name in here else 'none'}")
+        raise ValueError(
+            f"it has {'no' if name in here else 'a'} {name}, and the model has {'one' if name in here else 'none'}"
+        )
     for name, leaf in here.items():
         saved = there.get(name, leaf)
         if (saved.shape, saved.dtype) != (leaf.shape, leaf.dtype):
