@@ -18,6 +18,7 @@ _HOMES = {
     "SamplingConfig": "config",
     "TrainConfig": "config",
     "GPT": "models.gpt",
+    "gpt_size": "config",
     "LanguageModel": "api",
     "load": "api",
     "train": "api",

@@ -93,6 +93,23 @@ class GPTConfig:
         return self.hidden if self.hidden is not None else 4 * self.width
 
 
+def gpt_size(name: str, **changes: Any) -> GPTConfig:
+    """A GPT of a published size (Radford et al. 2019, table 2), or `tiny`, nanoGPT's for a laptop; with `changes`.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    sizes = {
+        "tiny": {"layers": 4, "heads": 4, "width": 128, "context": 64},
+        "124M": {"layers": 12, "heads": 12, "width": 768},
+        "355M": {"layers": 24, "heads": 16, "width": 1024},
+        "774M": {"layers": 36, "heads": 20, "width": 1280},
+        "1558M": {"layers": 48, "heads": 25, "width": 1600},
+    }
+    require(name in sizes, f"there is no GPT of size {name}{suggestion(name, sizes)}")
+    return GPTConfig(**sizes[name] | changes)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from, how it becomes tokens, and how many make a batch."""

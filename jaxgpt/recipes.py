@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
-from jaxgpt.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, suggestion
+from jaxgpt.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, gpt_size, suggestion
 
 
 def default() -> TrainConfig:
@@ -42,7 +42,7 @@ def shakespeare_char_cpu() -> TrainConfig:
     Measured: held-out loss 1.899 nats a character (mean of 3 seeds; nanoGPT 1.886 on a sample), 2.5 minutes on 2 cores.
     """
     return TrainConfig(
-        model=GPTConfig(context=64, layers=4, heads=4, width=128, dropout=0.0, bias=False),
+        model=gpt_size("tiny", dropout=0.0, bias=False),
         data=DataConfig(tokenizer="character", batch_size=12),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
@@ -79,7 +79,7 @@ def gpt2() -> TrainConfig:
     Not measured to the end: it needs accelerators. nanoGPT reports about 2.85.
     """
     return TrainConfig(
-        model=GPTConfig(vocab_size=50304, bias=False, compute_dtype="bfloat16"),
+        model=_gpt2_model("124M"),
         data=DataConfig(tokenizer="bpe", vocab_size=50257, held_out=0.0005, batch_size=480),
         optimizer=OptimizerConfig(
             learning_rate=6e-4, final_learning_rate=6e-5, warmup_steps=2000, beta2=0.95, weight_decay=0.1
@@ -95,7 +95,7 @@ def gpt2_medium() -> TrainConfig:
 
     python train.py gpt2-medium --data.path openwebtext/
     """
-    return replace(gpt2(), model=replace(gpt2().model, layers=24, heads=16, width=1024))
+    return replace(gpt2(), model=_gpt2_model("355M"))
 
 
 def gpt2_large() -> TrainConfig:
@@ -103,7 +103,7 @@ def gpt2_large() -> TrainConfig:
 
     python train.py gpt2-large --data.path openwebtext/
     """
-    return replace(gpt2(), model=replace(gpt2().model, layers=36, heads=20, width=1280))
+    return replace(gpt2(), model=_gpt2_model("774M"))
 
 
 def gpt2_xl() -> TrainConfig:
@@ -111,7 +111,12 @@ def gpt2_xl() -> TrainConfig:
 
     python train.py gpt2-xl --data.path openwebtext/
     """
-    return replace(gpt2(), model=replace(gpt2().model, layers=48, heads=25, width=1600))
+    return replace(gpt2(), model=_gpt2_model("1558M"))
+
+
+def _gpt2_model(size: str) -> GPTConfig:
+    """As nanoGPT trains it: no biases, and 50,257 tokens padded to a multiple of 64."""
+    return gpt_size(size, vocab_size=50304, bias=False, compute_dtype="bfloat16")
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {

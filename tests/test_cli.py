@@ -11,26 +11,9 @@ from jaxgpt.cli import GenerateOptions, main, parse
 from jaxgpt.config import TrainConfig
 from jaxgpt.recipes import RECIPES, recipe
 
-TINY = [
-    "--model.layers",
-    "1",
-    "--model.heads=1",
-    "--model.width",
-    "8",
-    "--model.context=8",
-    "--model.unroll",
-    "1",
-    "--data.tokenizer",
-    "byte",
-    "--data.batch-size",
-    "4",
-    "--steps",
-    "2",
-    "--sample-tokens",
-    "4",
-    "--parallel.strategy",
-    "single",
-]
+SMALL = {"model.layers": 1, "model.heads": 1, "model.width": 8, "model.context": 8, "model.unroll": 1}
+SMALL |= {"data.tokenizer": "byte", "data.batch-size": 4, "steps": 2, "sample-tokens": 4, "parallel.strategy": "single"}
+TINY = [f"--{key}={value}" for key, value in SMALL.items()]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -97,6 +97,15 @@ def test_bits_per_byte_are_what_the_text_would_take(task, config):
     assert uniform["eval/bits_per_byte"] == pytest.approx(8.0)  # bytes: as many tokens as bytes
 
 
+def test_bits_per_byte_count_bytes_and_not_characters(config):
+    """Guessing each of 128 characters equally costs 7 bits a character; a character here is more than a byte."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="character"))
+    text = prepare(config.data)
+    assert len(text.held_out) < text.held_out.bytes
+    bits = LanguageModelling(config, text).evaluation_metrics(math.log(128) * 9, 9.0)["eval/bits_per_byte"]
+    assert bits * text.held_out.bytes == pytest.approx(7 * len(text.held_out))
+
+
 def test_a_hopeless_model_has_a_perplexity_too(task):
     assert math.isfinite(task.evaluation_metrics(1e6, 1.0)["eval/perplexity"])
 

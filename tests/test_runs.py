@@ -137,6 +137,18 @@ def test_curves_are_drawn_whatever_there_is(run, records):
     assert colourful > 0 or not len(losses) > 1
 
 
+def test_what_is_not_finite_is_left_out_of_the_curves(run):
+    run.create()
+    images = []
+    for gap in ([], [{"step": 2, "train/loss": float("nan")}, {"step": 2, "eval/loss": float("inf")}]):
+        run.rewind(-1)
+        for record in [{"step": 1, "train/loss": 3.0, "eval/loss": 3.0}, *gap, {"step": 3, "train/loss": 2.0}]:
+            run.log(record)
+        run.draw_curves()
+        images.append(matplotlib.image.imread(run.curves))
+    np.testing.assert_array_equal(*images)
+
+
 def test_runs_are_numbered_and_the_newest_found(tmp_path):
     assert latest_run_path(tmp_path, "gpt2") is None
     paths = []
