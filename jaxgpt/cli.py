@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _silence_libraries() -> None:
     """Orbax prints the traceback of every thread of a failed save; the error itself reaches us, and so the user."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = lambda arguments: None
 
 
