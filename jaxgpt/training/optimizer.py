@@ -68,8 +68,8 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, AdamW (Loshchilov and Hutter 2019) or Muon (Jordan 2024), scale by the schedule.
 
-    `update(gradients, state, parameters, position=...)`. Parameters not named in the config do not decay: biases and
-    norms (see `is_matrix`).
+    `update(gradients, state, parameters, position=...)`. Only matrices decay, not biases and norm scales (see
+    `is_matrix`). Muon takes the blocks' matrices and leaves the rest to AdamW.
     """
 
     def decayed(parameters: Any) -> Any:
