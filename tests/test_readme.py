@@ -32,7 +32,8 @@ def test_the_tour_works_as_pasted(tmp_path):
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     for name in ("benchmarks", "jaxgpt", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    write_text(tmp_path, 20_000).rename(tmp_path / "input.txt")
+    text = write_text(tmp_path, 20_000).rename(tmp_path / "input.txt")
+    text.write_text("ROMEO:\n" + text.read_text())  # whom the tour lets speak
     cache = environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)}
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     assert len(lines) >= 8
