@@ -47,7 +47,9 @@ class LanguageModelling:
         check_length(text.held_out, length, "held-out split")
         self._windows = WindowBatches(text.train, length, size, config.seed)
         self._prompt_ids(config.sample_prompt or "")  # better refused now than when all is done
-        self.evaluation_batches = functools.partial(evaluation_batches, text.held_out, length, size)
+        # As many sequences at once as a training step computes at once, so that what fits there fits here.
+        at_once = size // config.parallel.gradient_accumulation
+        self.evaluation_batches = functools.partial(evaluation_batches, text.held_out, length, at_once)
         self.init = functools.partial(init_parameters, config.model)
         self.loss: Loss = functools.partial(loss, config.model)
 

@@ -232,8 +232,10 @@ class _Loop:
     def _evaluate(self, state: TrainState, step: int) -> None:
         """Loss over the whole held-out split."""
         start = time.monotonic()
-        sums = [self.evaluation_program(state.parameters, self.layout.place(b)) for b in self.task.evaluation_batches()]
-        loss_sum, weight = (math.fsum(float(value) for value in column) for column in zip(*sums, strict=True))
+        program, place = self.evaluation_program, self.layout.place
+        # Read one by one: with all of them under way at once, simulated devices can wait for each other for ever.
+        sums = [jax.device_get(program(state.parameters, place(batch))) for batch in self.task.evaluation_batches()]
+        loss_sum, weight = (math.fsum(column) for column in zip(*sums, strict=True))
         self.evaluation, self.evaluated = self.task.evaluation_metrics(loss_sum, weight), step
         self.evaluation_seconds = min(self.evaluation_seconds, time.monotonic() - start)
         self.write({"step": step} | self.evaluation | {"seconds": self.seconds})
