@@ -22,7 +22,7 @@ from measure import MEMORY_PROBE, PeakMemory, environment, measured_peak_flops, 
 from peers import torch_train_step
 
 from jaxgpt import recipes
-from jaxgpt.cli import parse
+from jaxgpt.arguments import parse
 from jaxgpt.config import Dtype, Strategy, TrainConfig, require
 from jaxgpt.environment import keep_freed_memory
 from jaxgpt.models.gpt import init_parameters

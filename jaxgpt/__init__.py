@@ -13,15 +13,17 @@ from jaxgpt.environment import prepare_backend
 _HOMES = {
     "DataConfig": "config",
     "GPTConfig": "config",
+    "GenerationConfig": "config",
     "OptimizerConfig": "config",
     "ParallelConfig": "config",
-    "SamplingConfig": "config",
     "TrainConfig": "config",
     "GPT": "models.gpt",
     "gpt_size": "config",
+    "Generated": "api",
     "LanguageModel": "api",
+    "export": "api",
     "load": "api",
-    "train": "api",
+    "train": "pretrain",
     "recipe": "recipes",
 }
 __all__ = ["__version__", *_HOMES]

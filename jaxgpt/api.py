@@ -1,157 +1,59 @@
-"""The public face: train a model, load it, let it write. Config, parameters and tokenizer held together."""
+"""The public face: load a model, let it write, hand it on. Config, parameters and tokenizer held together."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from jaxgpt.config import GPTConfig, SamplingConfig, TrainConfig, flatten, from_dict, to_dict
-from jaxgpt.data.shards import TokenizedText, prepare
-from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.environment import keep_freed_memory, use_compilation_cache
-from jaxgpt.generation.decode import Decoder
-from jaxgpt.models.gpt import Parameters, init_cache, init_parameters, next_token_logits
+from jaxgpt.config import Dtype, GenerationConfig, GPTConfig, TrainConfig, from_dict, to_dict
+from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from jaxgpt.environment import use_compilation_cache
+from jaxgpt.generation.beam import beam_search
+from jaxgpt.generation.decode import Decoder, Text, gpt_decoder
+from jaxgpt.generation.text import Writer, write
+from jaxgpt.models.gpt import Parameters, decoding_parameters, init_parameters
 from jaxgpt.storage.checkpoint import Checkpoints
-from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path
-from jaxgpt.tasks.lm import LanguageModelling
-from jaxgpt.training import loop, metrics
-from jaxgpt.training.parallel import Layout, choose_layout
-from jaxgpt.training.report import Reporter
+from jaxgpt.storage.hub import find_model
+from jaxgpt.storage.huggingface import config_from_hf, config_to_hf
+from jaxgpt.storage.runs import RunFolder, write_atomically
+from jaxgpt.storage.weights import (
+    export_tensors,
+    fitting_config,
+    open_weights,
+    read_json,
+    read_parameters,
+    write_weights,
+)
 
-RUNS = Path("runs")
 DEFAULT_NEW_TOKENS = 256
-Truncate = Literal["never", "left"]
-# What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
-BUDGETS = ("steps", "max-seconds", "out", "resume")
-LOGGING = ("quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-interval", "sample-tokens")
-PLACES = ("data.path", "data.cache", "parallel.strategy", "parallel.devices", "parallel.gradient-accumulation")
-FREE_ON_RESUME = frozenset((*BUDGETS, *LOGGING, "sample-prompt", *PLACES))
-
-
-def run_path(config: TrainConfig, recipe: str) -> Path:
-    """The folder a run goes to: `config.out`; else, under runs/, the recipe's latest to resume, or a new one."""
-    if config.out is not None:
-        return Path(config.out)
-    latest = latest_run_path(RUNS, recipe) if config.resume == "latest" else None
-    return latest or new_run_path(RUNS, recipe)
-
-
-def train(
-    config: TrainConfig, *, recipe: str = "custom", report: Reporter | None = None
-) -> tuple[loop.Outcome, RunFolder]:
-    """Pretrain a GPT: text in; a trained model, its checkpoints, a curve and a sample out, all in the run folder.
-
-    Args:
-        config: the whole run (see `recipes`).
-        recipe: the name it is filed under.
-        report: what a person sees (default: nothing).
-
-    Returns:
-        How it ended, and the run folder, which `load` reads.
-
-    Raises:
-        ValueError, FileNotFoundError, FileExistsError, PermissionError: bad input, found before the first step.
-        FloatingPointError, OSError: the run failed; its last checkpoint is good.
-    """
-    report = report or Reporter()
-    use_compilation_cache()
-    keep_freed_memory()
-    run = RunFolder(run_path(config, recipe))
-    resuming = config.resume == "latest" and run.exists()
-    if not resuming:
-        run.check_free()
-    layout = choose_layout(config.parallel, config.data.batch_size)
-    text = prepare(config.data, report.say)
-    if resuming and run.describe()["data"] != text.fingerprint:
-        raise ValueError(f"{run.path} was trained on other data, or with another tokenizer or split, than is given now")
-    config = _resolve(config, text)
-    task = LanguageModelling(config, text)
-    if resuming:
-        _check_same_run(run, config)
-    else:
-        run.create()
-    run.describe_as(
-        {"task": "language-modelling", "recipe": recipe, "data": text.fingerprint, "config": to_dict(config)}
-    )
-    text.tokenizer.save(run.tokenizer)
-    for line in (*layout.notes, *_announcement(config, text, layout)):
-        report.say(line)
-    report.begin(config.steps)
-    try:
-        outcome = loop.train(task, config, run, layout, report)
-    finally:
-        report.finish()
-    return outcome, run
-
-
-def _resolve(config: TrainConfig, text: TokenizedText) -> TrainConfig:
-    """Fill in what follows from the data: the vocabulary size, and paths that hold from any working directory."""
-    size, model = text.tokenizer.vocab_size, config.model
-    if model.vocab_size is not None and model.vocab_size < size:
-        raise ValueError(f"the tokenizer has {size} tokens, more than model.vocab-size {model.vocab_size}")
-    paths = tuple(path if path == "-" else os.path.abspath(path) for path in config.data.path)
-    named = config.data.tokenizer in ("byte", "character", "bpe")
-    tokenizer = config.data.tokenizer if named else os.path.abspath(config.data.tokenizer)
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(model, vocab_size=model.vocab_size or size),
-        data=dataclasses.replace(config.data, path=paths, tokenizer=tokenizer),
-    )
-
-
-def _check_same_run(run: RunFolder, config: TrainConfig) -> None:
-    """Refuse to resume a run with settings that would make it another."""
-    saved = flatten(from_dict(TrainConfig, run.describe()["config"]))
-    for key, value in flatten(config).items():
-        if key not in FREE_ON_RESUME and value != saved[key]:
-            raise ValueError(
-                f"{run.path} was trained with {key} {saved[key]}, not {value}; resume it without that flag"
-            )
-
-
-def _announcement(config: TrainConfig, text: TokenizedText, layout: Layout) -> Iterator[str]:
-    """What will be trained, on what, where, and about how much memory it takes."""
-    model, devices = config.model, len(layout.devices)
-    assert model.vocab_size is not None
-    shapes = jax.eval_shape(functools.partial(init_parameters, model), jax.random.key(0))
-    count = metrics.count_parameters(shapes)
-    memory = metrics.estimate_training_bytes(config, count, model.vocab_size, devices)
-    yield (
-        f"GPT with {count / 1e6:.2f}M parameters ({model.layers} layers x {model.width}, context {model.context}, "
-        f"vocabulary {model.vocab_size:,}) on {devices} x {layout.devices[0].device_kind} ({layout.strategy}), "
-        f"about {memory / 2**30:.2f} GiB a device"
-    )
-    epochs = config.steps * config.tokens_per_step / max(1, len(text.train))
-    yield (
-        f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {config.steps:,} steps of "
-        f"{config.tokens_per_step:,} tokens ({epochs:.2g} epochs)"
-        + (f", or {config.max_seconds:,.0f} seconds" if config.max_seconds else "")
-    )
-
-
-def summary(outcome: loop.Outcome, run: RunFolder) -> str:
-    """The last lines a person sees."""
-    if outcome.interrupted:
-        return f"stopped at step {outcome.step:,} and saved; go on with --resume --out {run.path}"
-    return f"\neverything lies in {run.path}; for more text:\njaxgpt generate --model {run.path} --prompt TEXT"
+Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote: the new text and token ids, and why it ended (`stop`: end-of-text; `length`: the limit)."""
+    """What a model wrote."""
 
     prompt: str
+    """what it continues"""
     text: str
+    """the new text, without the stop string or stop token that ended it"""
     tokens: tuple[int, ...]
+    """ids of the new tokens; the last may have begun a stop string"""
+    logprobs: tuple[float, ...]
+    """log-probability of each under the model, in nats, whatever the sampling (for beams: as they were scored)"""
     finish_reason: Literal["stop", "length"]
+    """stop: a stop token or string came; length: the limit"""
 
 
 @dataclass(frozen=True)
@@ -161,84 +63,242 @@ class LanguageModel:
     config: GPTConfig
     parameters: Parameters
     tokenizer: Tokenizer
+    stop_tokens: tuple[int, ...] = ()
+    """ids that end a text unless others are asked for"""
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(functools.partial(next_token_logits, self.config), functools.partial(init_cache, self.config, 1))
+        return gpt_decoder(self.config)
 
-    def _encode(self, prompt: str, max_new_tokens: int | None, truncate: Truncate) -> tuple[list[int], int]:
-        """The prompt's ids, and how many may follow."""
-        ids = self.tokenizer.encode(prompt)
-        room = self.config.context - len(ids)
-        if max_new_tokens is None:
-            return ids, DEFAULT_NEW_TOKENS if truncate == "left" else max(1, min(DEFAULT_NEW_TOKENS, room))
-        if max_new_tokens > room and truncate == "never":
-            raise ValueError(
-                f"{len(ids)} prompt tokens and {max_new_tokens} new ones are {max_new_tokens - room} more than the "
-                f"context of {self.config.context}; ask for fewer, or --truncate left to drop the oldest"
-            )
-        return ids, max_new_tokens
+    @functools.cached_property
+    def decoding_parameters(self) -> Parameters:
+        """The same parameters laid out for decoding; made when first needed, kept beside `parameters`."""
+        return jax.jit(decoding_parameters)(self.parameters)
 
-    def _tokens(self, ids: list[int], limit: int, sampling: SamplingConfig | None) -> Iterator[int]:
-        """Yield at most `limit` ids that continue `ids`, none after end-of-text."""
-        tokens = itertools.islice(self._decoder.tokens(self.parameters, ids, sampling or SamplingConfig()), limit)
-        return itertools.takewhile(lambda token: token != self.tokenizer.end_of_text, tokens)
-
-    def stream(
-        self,
-        prompt: str,
-        max_new_tokens: int | None = None,
-        sampling: SamplingConfig | None = None,
-        truncate: Truncate = "never",
-    ) -> Iterator[str]:
-        """Yield the new text in pieces as it is made, never half a character. Arguments as in `generate`."""
-        ids, limit = self._encode(prompt, max_new_tokens, truncate)
-        return self.tokenizer.stream(self._tokens(ids, limit, sampling))
-
-    def generate(
-        self,
-        prompt: str,
-        max_new_tokens: int | None = None,
-        sampling: SamplingConfig | None = None,
-        truncate: Truncate = "never",
-    ) -> Generated:
-        """Continue `prompt`.
+    def generate(self, prompt: Prompt, settings: GenerationConfig | None = None, **changes: object) -> Generated:
+        """Continue one prompt.
 
         Args:
-            prompt: at least one token of text.
-            max_new_tokens: how many tokens to make at most; None means `DEFAULT_NEW_TOKENS`, or what the context has
-                room for if that is less and nothing is dropped.
-            sampling: temperature, top-k and seed (default: `SamplingConfig()`).
-            truncate: "left" drops the oldest tokens where prompt and text outgrow the context; "never" refuses.
+            prompt: at least one token of text, or token ids.
+            settings: how (default: `GenerationConfig()`).
+            changes: fields of `GenerationConfig` to change, such as `max_new_tokens=40, temperature=0`.
 
         Raises:
-            ValueError: an empty prompt, a character that the tokenizer does not have, or, unless `truncate` is
-                "left", prompt and new tokens beyond the context.
+            ValueError: an empty prompt, a character that the tokenizer does not have, an id outside the vocabulary, a
+                setting out of range, or, unless `truncate` is "left", prompt and new tokens beyond the context.
         """
-        ids, limit = self._encode(prompt, max_new_tokens, truncate)
-        new = tuple(self._tokens(ids, limit, sampling))
-        return Generated(prompt, self.tokenizer.decode(new), new, "length" if len(new) == limit else "stop")
+        settings = _settings(settings, changes)
+        if settings.samples > 1:
+            raise ValueError(f"samples is {settings.samples}; generate_batch returns several texts a prompt")
+        return self.generate_batch([prompt], settings)[0]
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], settings: GenerationConfig | None = None, **changes: object
+    ) -> list[Generated]:
+        """Continue several prompts at once, each as it would be alone: `samples` texts for the first, and so on.
+
+        Arguments and errors as in `generate`.
+        """
+        settings = _settings(settings, changes)
+        if not prompts:
+            return []
+        encoded = [self._encode(prompt) for prompt in prompts]
+        limits = [self._limit(ids, settings) for ids in encoded]
+        if settings.beams > 1:
+            return self._beam_search(prompts, encoded, limits, settings)
+        texts = [
+            Text(list(ids), len(ids), limit, sample)
+            for ids, limit in zip(encoded, limits, strict=True)
+            for sample in range(settings.samples)
+        ]
+        pieces = [""] * len(texts)
+        for gained in self._write(texts, settings):
+            pieces = [text + piece for text, piece in zip(pieces, gained, strict=True)]
+        return [
+            Generated(self._spelled(prompt), piece, tuple(text.new), tuple(text.logprobs), text.finish or "length")
+            for prompt, text, piece in zip((p for p in prompts for _ in range(settings.samples)), texts, pieces, strict=True)
+        ]
+
+    def stream(self, prompt: Prompt, settings: GenerationConfig | None = None, **changes: object) -> Iterator[str]:
+        """Yield the new text in pieces as it is made, never half a character. Arguments and errors as in `generate`."""
+        settings = _settings(settings, changes)
+        if settings.samples > 1 or settings.beams > 1:
+            raise ValueError("one text can be streamed: samples and beams must be 1")
+        ids = self._encode(prompt)
+        texts = [Text(ids, len(ids), self._limit(ids, settings))]
+        return (piece for (piece,) in self._write(texts, settings) if piece)
+
+    def _write(self, texts: list[Text], settings: GenerationConfig) -> Iterator[list[str]]:
+        steps = self._decoder.decode(self.decoding_parameters, texts, settings, self._stop_tokens(settings))
+        return write(steps, texts, [Writer(self.tokenizer, settings.stop) for _ in texts])
+
+    def _beam_search(
+        self, prompts: Sequence[Prompt], encoded: list[list[int]], limits: list[int], settings: GenerationConfig
+    ) -> list[Generated]:
+        if settings.stop:
+            raise ValueError("stop strings have no meaning with beams; stop tokens end a beam")
+        stops = self._stop_tokens(settings)
+        found = beam_search(self._decoder, self.decoding_parameters, encoded, limits, settings, stops)
+        generated = []
+        for prompt, beams in zip(prompts, found, strict=True):
+            for beam in beams:
+                ended = beam.tokens[-1] in stops
+                tokens = beam.tokens[:-1] if ended else beam.tokens
+                text, finish = self.tokenizer.decode(tokens), "stop" if ended else "length"
+                logprobs = beam.logprobs[: len(tokens)]
+                generated.append(Generated(self._spelled(prompt), text, tokens, logprobs, finish))
+        return generated
+
+    def _spelled(self, prompt: Prompt) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+
+    def _stop_tokens(self, settings: GenerationConfig) -> tuple[int, ...]:
+        stops = self.stop_tokens if settings.stop_tokens is None else settings.stop_tokens
+        self._check_ids(stops, "stop-tokens")
+        return stops
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids:
+            raise ValueError("the prompt is empty; generation needs at least one token to continue")
+        self._check_ids(ids, "the prompt")
+        return ids
+
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        size = self.config.vocab_size or self.tokenizer.vocab_size
+        wrong = [token for token in ids if not 0 <= token < size]
+        if wrong:
+            raise ValueError(f"{what} has the token id {wrong[0]}, outside the vocabulary of {size}")
+
+    def _limit(self, ids: list[int], settings: GenerationConfig) -> int:
+        """How many tokens may follow a prompt."""
+        room, wanted = self.config.context - len(ids), settings.max_new_tokens
+        if settings.truncate == "left":
+            return wanted or DEFAULT_NEW_TOKENS
+        limit = max(1, min(DEFAULT_NEW_TOKENS, room)) if wanted is None else wanted
+        if limit > room:
+            raise ValueError(
+                f"{len(ids)} prompt tokens and {limit} new ones are {limit - room} more than the context of "
+                f"{self.config.context}; ask for fewer, or --truncate left to drop the oldest"
+            )
+        return limit
 
 
-def load(path: str | os.PathLike[str], *, checkpoint: Literal["best", "last"] = "best") -> LanguageModel:
-    """Load the model of a run folder.
+def _settings(settings: GenerationConfig | None, changes: dict[str, object]) -> GenerationConfig:
+    return from_dict(GenerationConfig, to_dict(settings or GenerationConfig()) | changes)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    checkpoint: Literal["best", "last"] = "best",
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+) -> LanguageModel:
+    """Load a model: a run folder, a Hugging Face folder, or a name on the Hugging Face hub.
 
     Args:
-        path: what `train` wrote.
-        checkpoint: the one with the lowest held-out loss, or the newest.
+        path: what `train` wrote; or a folder with config.json, model.safetensors (or shards and their index) and a
+            tokenizer; or a name such as gpt2, distilgpt2, openai-community/gpt2-xl, OWNER/FINE-TUNE.
+        checkpoint: of a run: the one with the lowest held-out loss, or the newest.
+        revision: of a name on the hub: a commit, tag or branch (default: main).
+        dtype: of a published model: what its parameters are stored and computed in, whatever they are in the file.
 
     Raises:
-        FileNotFoundError: no run, or no checkpoint in it yet.
-        ValueError: a damaged file, named.
+        FileNotFoundError: no such folder or name, or a file of it is missing.
+        ValueError: a damaged file, an architecture that is not here, or a setting it cannot express, named.
+        OSError: the hub cannot be reached.
     """
     use_compilation_cache()
-    run = RunFolder(Path(path))
+    folder = find_model(os.fspath(path), revision)
+    if not RunFolder(folder).exists():
+        raise FileNotFoundError(f"{folder} is neither a run nor a model: it has no config.json")
+    described = read_json(folder / "config.json")
+    if "model_type" in described:
+        return _load_published(folder, described, dtype)
+    return _load_run(RunFolder(folder), checkpoint)
+
+
+def _load_run(run: RunFolder, checkpoint: Literal["best", "last"]) -> LanguageModel:
     config = from_dict(TrainConfig, run.describe()["config"]).model
     checkpoints = Checkpoints(run.checkpoints, read_only=True)
     step = checkpoints.latest_step if checkpoint == "last" else checkpoints.best_step
     if step is None:
         raise FileNotFoundError(f"{run.path} has no checkpoint yet")
-    shape = jax.eval_shape(functools.partial(init_parameters, config), jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    trees, _ = checkpoints.restore(step, {"parameters": shape}, device)
-    return LanguageModel(config, trees["parameters"], load_tokenizer(run.tokenizer))
+    trees, _ = checkpoints.restore(step, {"parameters": _shapes(config)}, device)
+    tokenizer = load_tokenizer(run.tokenizer)
+    return LanguageModel(config, trees["parameters"], tokenizer, (tokenizer.separator,))
+
+
+def _load_published(folder: Path, values: dict[str, Any], dtype: Dtype) -> LanguageModel:
+    config = config_from_hf(values, where=str(folder / "config.json"))
+    config = dataclasses.replace(config, parameter_dtype=dtype, compute_dtype=dtype)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > (config.vocab_size or 0):
+        raise ValueError(
+            f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, and the embedding only "
+            f"{config.vocab_size} rows"
+        )
+    tensors = open_weights(folder)
+    config = fitting_config(tensors, config)
+    shapes = {name: leaf.shape for name, leaf in _by_path(_shapes(config)).items()}
+    place = functools.partial(jax.device_put, device=jax.local_devices()[0])
+    leaves = read_parameters(tensors, config, shapes, jnp.dtype(dtype), place)
+    parameters = flax.traverse_util.unflatten_dict(leaves, sep="/")
+    return LanguageModel(config, parameters, tokenizer, _published_stop_tokens(folder, values, tokenizer))
+
+
+def _published_stop_tokens(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end-of-text tokens that the folder names for generation; else the tokenizer's."""
+    generation = folder / "generation_config.json"
+    named = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    named = values.get("eos_token_id") if named is None else named
+    if named is None:
+        named = [] if tokenizer.end_of_text is None else tokenizer.end_of_text
+    stops = named if isinstance(named, list) else [named]
+    if not all(isinstance(token, int) for token in stops):
+        raise ValueError(f"eos_token_id in {folder} is {named!r}; it must be a token id, or several")
+    return tuple(stops)
+
+
+def export(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
+    """Write a model as a folder that `transformers` loads with `from_pretrained`, tokenizer and all.
+
+    What comes back from `load` is the same, bit for bit.
+
+    Raises:
+        FileExistsError: the folder exists and is not empty.
+        ValueError: a setting that the format cannot express, named.
+    """
+    config, path = model.config, Path(folder)
+    end = model.tokenizer.end_of_text
+    described = config_to_hf(config, end)  # refuses before anything is written
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; give another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    leaves = {name: np.asarray(leaf) for name, leaf in _by_path(model.parameters).items()}
+    write_weights(path, export_tensors(config, leaves))
+    model.tokenizer.save(path / "tokenizer.json")
+    stops = list(model.stop_tokens)
+    files = {
+        "config.json": described,
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": stops[0] if len(stops) == 1 else stops or None},
+        "tokenizer_config.json": _tokenizer_config(model),
+    }
+    for name, values in files.items():
+        write_atomically(path / name, json.dumps(values, indent=2) + "\n")
+
+
+def _shapes(config: GPTConfig) -> Any:
+    return jax.eval_shape(functools.partial(init_parameters, config), jax.random.key(0))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def _tokenizer_config(model: LanguageModel) -> dict[str, Any]:
+    named = {} if model.tokenizer.end_of_text is None else dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    general = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context}
+    return general | named | {"clean_up_tokenization_spaces": False}

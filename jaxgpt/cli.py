@@ -6,23 +6,24 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 75 stopped by a signal and sa
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import logging
 import os
-import re
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
 
 from jaxgpt import recipes
-from jaxgpt.config import SamplingConfig, TrainConfig, from_dict, require, suggestion
+from jaxgpt.arguments import parse
+from jaxgpt.config import GenerationConfig, TrainConfig, from_dict, require, suggestion
 from jaxgpt.training.report import make_reporter
+
+if TYPE_CHECKING:
+    from jaxgpt.api import LanguageModel
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -30,7 +31,12 @@ BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, PermissionError, Is
 USAGE = """usage: jaxgpt VERB ...
 
   train [RECIPE] [--section.key value ...]   train a model (the same as python train.py)
-  generate --model RUN --prompt TEXT         let a model write
+  generate --model MODEL --prompt TEXT       let a model write
+  evaluate --model MODEL --data FILE         measure how well it predicts a text
+  export --model MODEL --out FOLDER          write it for transformers and other programs
+  verify --model MODEL [--reference hf]      check that it computes what it should
+
+MODEL is a run folder, a Hugging Face folder, or a name on the hub such as gpt2.
 
 jaxgpt VERB --help says more. --debug, with any verb, shows the traceback of an error.
 """
@@ -45,31 +51,71 @@ recipes:
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
-    """Let a model write."""
+class ModelOptions:
+    """Which model."""
 
     model: str
-    """a run folder"""
+    """a run folder, a Hugging Face folder, or a name on the Hugging Face hub (gpt2, distilgpt2, OWNER/NAME)"""
+    revision: str | None = None
+    """a name on the hub: the commit, tag or branch (default: main)"""
+    checkpoint: Literal["best", "last"] = "best"
+    """a run: the checkpoint with the lowest held-out loss, or the newest"""
+
+
+@dataclass(frozen=True)
+class GenerateOptions(GenerationConfig, ModelOptions):
+    """Let a model write."""
+
     prompt: tuple[str, ...] = ()
     """what to continue, one or several (default: standard input)"""
-    max_new_tokens: int | None = None
-    """how many tokens to make at most (default: 256, or what the model's context has room for)"""
-    temperature: float = SamplingConfig.temperature
-    """divides the logits; 0 takes the most likely token"""
-    top_k: int | None = None
-    """sample among the k most likely tokens only"""
-    seed: int = 0
-    """the same seed gives the same text"""
-    truncate: Literal["never", "left"] = "never"
-    """left: where prompt and text outgrow the context, drop the oldest tokens instead of refusing"""
-    checkpoint: Literal["best", "last"] = "best"
-    """the checkpoint with the lowest held-out loss, or the newest"""
     json: bool = False
-    """print one JSON object a prompt: prompt, text, tokens (the new ids), finish_reason"""
+    """print one JSON object a text: prompt, text, tokens (the new ids), logprobs, finish_reason"""
+
+
+@dataclass(frozen=True)
+class ExportOptions(ModelOptions):
+    """Write a model as a folder that other programs load."""
+
+    out: str = ""
+    """the folder to make; it must not exist, or be empty"""
+    format: Literal["hf"] = "hf"
+    """hf: what transformers loads with from_pretrained"""
 
     def __post_init__(self) -> None:
-        limit = self.max_new_tokens
-        require(limit is None or limit >= 1, f"max-new-tokens is {limit}; it must be at least 1")
+        require(bool(self.out), "--out is needed: the folder to make")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(ModelOptions):
+    """Measure how well a model predicts a text."""
+
+    data: tuple[str, ...] = ()
+    """text files, folders, .jsonl files, or - for standard input"""
+    text_field: str = "text"
+    """the field of a .jsonl line that holds the text"""
+    stride: int | None = None
+    """tokens from one window to the next in what is longer than the context (default: half the context)"""
+    batch_size: int = 8
+    """windows computed at once"""
+    per_token: str | None = None
+    """write the loss of every token to this file, one JSON object a line: document, position, token, loss"""
+    json: bool = False
+    """print one JSON object instead of a table"""
+
+    def __post_init__(self) -> None:
+        require(bool(self.data), "--data is needed: the text to predict")
+        require(self.stride is None or self.stride >= 1, f"stride is {self.stride}; it must be at least 1")
+        require(self.batch_size >= 1, f"batch-size is {self.batch_size}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class VerifyOptions(ModelOptions):
+    """Check that a checkpoint computes what it should; exit code 1 if it does not."""
+
+    reference: Literal["none", "hf"] = "none"
+    """hf: compare with transformers in PyTorch too (both must be installed)"""
+    json: bool = False
+    """print one JSON object a check: check, measured, bound, passed"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +157,13 @@ def _one_line(error: Exception) -> str:
 
 
 def _run(arguments: list[str]) -> int:
-    verbs: dict[str, Callable[[list[str]], int]] = {"train": _train, "generate": _generate}
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "generate": _generate,
+        "evaluate": _evaluate,
+        "export": _export,
+        "verify": _verify,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -130,10 +182,10 @@ def _train(arguments: list[str]) -> int:
     config = parse(TrainConfig, arguments, prog, recipes.recipe(recipe))
 
     # Everything below needs JAX; what is above answers without it.
-    from jaxgpt import api
+    from jaxgpt import pretrain
     from jaxgpt.storage.runs import RunFolder
 
-    run = RunFolder(api.run_path(config, recipe))
+    run = RunFolder(pretrain.run_path(config, recipe))
     if config.resume == "latest" and not run.exists():
         started = named is not None or any(flag.startswith(("--data", "--model", "--optimizer")) for flag in arguments)
         require(started, f"there is no run in {run.path} to resume; name a recipe or its data to start one")
@@ -147,104 +199,64 @@ def _train(arguments: list[str]) -> int:
         saved = dataclasses.replace(from_dict(TrainConfig, description["config"]), out=str(run.path))
         config = parse(TrainConfig, arguments, prog, saved)
     report = make_reporter(config.quiet)
-    outcome, run = api.train(config, recipe=recipe, report=report)
-    report.say(api.summary(outcome, run))
+    outcome, run = pretrain.train(config, recipe=recipe, report=report)
+    report.say(pretrain.summary(outcome, run))
     return STOPPED if outcome.interrupted else 0
+
+
+def _load(options: ModelOptions) -> LanguageModel:
+    from jaxgpt import api
+
+    return api.load(options.model, checkpoint=options.checkpoint, revision=options.revision)
 
 
 def _generate(arguments: list[str]) -> int:
     options = parse(GenerateOptions, arguments, "jaxgpt generate")
-    sampling = SamplingConfig(options.temperature, options.top_k, options.seed)
-    from jaxgpt import api
-
-    model = api.load(options.model, checkpoint=options.checkpoint)
+    settings = GenerationConfig(**{item.name: getattr(options, item.name) for item in fields(GenerationConfig)})
+    model = _load(options)
     prompts = options.prompt or (sys.stdin.read(),)
-    for number, prompt in enumerate(prompts):
-        if options.json:
-            generated = model.generate(prompt, options.max_new_tokens, sampling, options.truncate)
-            print(json.dumps(dataclasses.asdict(generated)), flush=True)
-            continue
-        if number:
-            print("---")
-        pieces = model.stream(prompt, options.max_new_tokens, sampling, options.truncate)
-        for index, piece in enumerate(pieces):
-            print(prompt + piece if index == 0 else piece, end="", flush=True)
+    if not options.json and len(prompts) == settings.samples == settings.beams == 1:
+        for index, piece in enumerate(model.stream(prompts[0], settings)):
+            print(prompts[0] + piece if index == 0 else piece, end="", flush=True)
         print()
+        return 0
+    for number, generated in enumerate(model.generate_batch(prompts, settings)):
+        if options.json:
+            print(json.dumps(dataclasses.asdict(generated)))
+        else:
+            print("---\n" * (number > 0) + generated.prompt + generated.text)
     return 0
 
 
-T = TypeVar("T")
+def _export(arguments: list[str]) -> int:
+    options = parse(ExportOptions, arguments, "jaxgpt export")
+    from jaxgpt import api
+
+    api.export(_load(options), options.out)
+    print(f"{options.out} holds the model; transformers loads it with AutoModelForCausalLM.from_pretrained")
+    return 0
 
 
-def parse(kind: type[T], arguments: list[str], prog: str, default: T | None = None) -> T:
-    """Turn flags into a dataclass. A bare `--quiet` means `--quiet True`, a bare `--resume` means `--resume latest`.
+def _evaluate(arguments: list[str]) -> int:
+    options = parse(EvaluateOptions, arguments, "jaxgpt evaluate")
+    from jaxgpt import evaluate
 
-    Of a flag given twice the last counts; one that takes several values gets them all.
-
-    Raises:
-        ValueError: an unknown flag (the nearest is named) or a value that does not fit, in one sentence.
-        SystemExit: `--help` was asked for and printed.
-    """
-    import tyro
-
-    settings = _settings(kind)
-    given: dict[str, list[str]] = {}
-    for flag, values in _grouped(arguments):
-        if flag not in (*settings, "--help"):
-            raise ValueError(f"there is no setting {flag}{suggestion(flag, settings)}")
-        if get_origin(settings.get(flag)) is tuple:
-            require(bool(values), f"{flag} needs a value")
-            given.setdefault(flag, []).extend(values)
-        elif settings.get(flag) is bool:
-            given[flag] = [value.capitalize() for value in values] or ["True"]
-        else:
-            given[flag] = values or (["latest"] if flag == "--resume" else [])
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            options: dict[str, Any] = {} if default is None else {"default": default}
-            spelled = [word for flag, values in given.items() for word in (flag, *values)]
-            return tyro.cli(kind, prog=prog, args=spelled, config=(tyro.conf.FlagConversionOff,), **options)
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise ValueError(_first_sentence(errors.getvalue())) from None
+    model = _load(options)
+    result = evaluate.evaluate(
+        model, options.data, text_field=options.text_field, stride=options.stride, batch_size=options.batch_size,
+        per_token=options.per_token,
+    )  # fmt: skip
+    print(json.dumps(dataclasses.asdict(result)) if options.json else evaluate.describe(result))
+    return 0
 
 
-def _grouped(arguments: list[str]) -> list[tuple[str, list[str]]]:
-    """Each flag with the values after it, in either spelling: `--name value ...` or `--name=value`."""
-    groups: list[tuple[str, list[str]]] = []
-    for argument in arguments:
-        if argument == "-h":
-            groups.append(("--help", []))
-        elif argument.startswith("--"):
-            flag, equals, value = argument.partition("=")
-            groups.append((flag, [value] if equals else []))
-        elif groups:
-            groups[-1][1].append(argument)
-        else:
-            raise ValueError(f"{argument} stands where a setting (--name value) should")
-    return groups
+def _verify(arguments: list[str]) -> int:
+    options = parse(VerifyOptions, arguments, "jaxgpt verify")
+    from jaxgpt import verify
 
-
-def _settings(kind: type, prefix: str = "--") -> dict[str, Any]:
-    """The flags of a dataclass, those of the dataclasses in it included, and the type of each."""
-    flags: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        flag = prefix + name.replace("_", "-")
-        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        flags |= _settings(hint, flag + ".") if nested else {flag: hint}
-    return flags
-
-
-def _first_sentence(box: str) -> str:
-    """The message of a tyro error, out of the box that is drawn around it."""
-    # Where the terminal has no such characters, tyro draws spaces and hyphens, and the title is a line of its own.
-    drawn = "│" in box
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    rules = [number for number, line in enumerate(lines) if re.fullmatch("[─-]+", line)] + [len(lines)] * 2
-    message = lines[: rules[0]] if drawn else lines[rules[0] + 1 : rules[1]]
-    text = re.sub(r"^Error parsing \w+(\.\w+)*: ", "", " ".join(message))  # a dataclass has refused: its words suffice
-    text = re.sub(r"invalid literal for int\(\) with base 10: ", "a whole number is needed, not ", text)
-    text = re.sub(r"could not convert string to float: ", "a number is needed, not ", text)
-    return text.removeprefix("Error parsing ") or "the arguments could not be read"
+    passed = True
+    for check in verify.checks(_load(options), reference=options.reference):
+        record = dataclasses.asdict(check) | {"passed": check.passed}
+        print(json.dumps(record) if options.json else verify.line(check), flush=True)
+        passed &= check.passed
+    return 0 if passed else 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, Literal, TypeVar
 Dtype = Literal["float32", "bfloat16", "float64"]
 Strategy = Literal["auto", "single", "pmap", "mesh"]
 AttentionName = Literal["auto", "reference", "blocked"]
+ActivationName = Literal["gelu_new", "gelu", "relu", "silu", "tanh"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -27,7 +27,10 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A GPT as published (Radford et al. 2019): pre-norm blocks, learned positions, tanh-GELU, tied head."""
+    """A GPT as published (Radford et al. 2019): pre-norm blocks, learned positions, tanh-GELU, tied head.
+
+    With `norm="post"` it is the first GPT (Radford et al. 2018).
+    """
 
     vocab_size: int | None = None
     """V, rows of the token embedding (default: as many as the tokenizer has)"""
@@ -43,12 +46,24 @@ class GPTConfig:
     """F, width inside the feed-forward layer (default: 4 x width)"""
     dropout: float = 0.0
     """share of activations zeroed in training: embeddings, attention weights, residual branches"""
+    embedding_dropout: float | None = None
+    """the same for the embeddings alone (default: dropout)"""
+    attention_dropout: float | None = None
+    """the same for the attention weights alone (default: dropout)"""
     bias: bool = True
     """biases in the dense layers and the layer norms"""
     tied_head: bool = True
     """the output head is the token embedding (Press and Wolf 2017)"""
     positions: Literal["learned", "sinusoidal"] = "learned"
     """positional encoding: a trained table, or the sinusoids of Vaswani et al. 2017"""
+    activation: ActivationName = "gelu_new"
+    """of the feed-forward layer: GELU in its tanh form (gelu_new, as published) or exact (gelu), relu, silu, tanh"""
+    norm: Literal["pre", "post"] = "pre"
+    """layer norms before each sublayer and at the end (GPT-2), or after each residual sum (the first GPT)"""
+    scale_attention: bool = True
+    """divide attention scores by the root of the head width"""
+    scale_attention_by_layer: bool = False
+    """divide those of block i by i + 1 as well"""
     norm_epsilon: float = 1e-5
     """added to the variance in every layer norm"""
     init_std: float = 0.02
@@ -78,7 +93,10 @@ class GPTConfig:
             self.positions == "learned" or self.width % 2 == 0,
             f"model.width is {self.width}; sinusoidal positions need an even width",
         )
-        require(0.0 <= self.dropout < 1.0, f"model.dropout is {self.dropout}; it must be in [0, 1)")
+        for name in ("dropout", "embedding_dropout", "attention_dropout"):
+            share = getattr(self, name)
+            in_range = share is None or 0.0 <= share < 1.0
+            require(in_range, f"model.{name.replace('_', '-')} is {share}; it must be in [0, 1)")
         require(self.norm_epsilon > 0, f"model.norm-epsilon is {self.norm_epsilon}; it must be positive")
         require(self.init_std > 0, f"model.init-std is {self.init_std}; it must be positive")
 
@@ -264,19 +282,69 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is chosen from the logits."""
+class GenerationConfig:
+    """How text is made from a model's logits."""
 
+    max_new_tokens: int | None = None
+    """how many tokens to make at most (default: 256, or what the model's context has room for)"""
+    min_new_tokens: int = 0
+    """how many tokens to make before a stop token may come"""
     temperature: float = 0.8
     """divides the logits; 0 takes the most likely token"""
     top_k: int | None = None
     """sample among the k most likely tokens only"""
+    top_p: float | None = None
+    """sample among the most likely tokens that together have probability p (Holtzman et al. 2020)"""
+    min_p: float | None = None
+    """sample among the tokens at least min-p times as likely as the most likely one"""
+    repetition_penalty: float = 1.0
+    """divides positive logits of tokens seen before, multiplies negative ones (Keskar et al. 2019); 1 is off"""
+    no_repeat_ngram: int | None = None
+    """never make a sequence of n tokens that was there before"""
+    samples: int = 1
+    """how many texts for each prompt"""
+    beams: int = 1
+    """beam search with this many beams instead of sampling; the best texts are returned"""
+    length_penalty: float = 1.0
+    """beam search: a text's log-probability is divided by its new tokens to this power"""
+    early_stopping: Literal["true", "false", "never"] = "false"
+    """beam search: stop once there are enough texts (true), when better ones are unlikely, or impossible (never)"""
+    stop: tuple[str, ...] = ()
+    """end where one of these strings comes; it is not part of the text"""
+    stop_tokens: tuple[int, ...] | None = None
+    """end at one of these token ids (default: the model's end-of-text)"""
+    lookup: int = 0
+    """tokens guessed ahead from what was seen before, to make several at once; the text stays the same"""
+    truncate: Literal["never", "left"] = "never"
+    """left: where prompt and text outgrow the context, drop the oldest tokens instead of refusing"""
     seed: int = 0
     """the same seed gives the same text"""
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, f"temperature is {self.temperature}; it must not be negative")
-        require(self.top_k is None or self.top_k >= 1, f"top-k is {self.top_k}; it must be at least 1")
+        at_least = {"max_new_tokens": 1, "top_k": 1, "no_repeat_ngram": 1, "samples": 1, "beams": 1}
+        at_least |= {"min_new_tokens": 0, "temperature": 0, "lookup": 0}
+        for name, least in at_least.items():
+            value, option = getattr(self, name), name.replace("_", "-")
+            # Written so that NaN is refused too.
+            require(value is None or value >= least, f"{option} is {value}; it must be at least {least}")
+        for name in ("top_p", "min_p"):
+            value, option = getattr(self, name), name.replace("_", "-")
+            require(value is None or 0 < value <= 1, f"{option} is {value}; it must be in (0, 1]")
+        penalty = self.repetition_penalty
+        require(penalty > 0, f"repetition-penalty is {penalty}; it must be positive")
+        require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2**31)")
+        require("" not in self.stop, "stop is an empty string, which is everywhere")
+        limit = self.max_new_tokens
+        require(
+            limit is None or self.min_new_tokens <= limit,
+            f"min-new-tokens is {self.min_new_tokens}, more than max-new-tokens {limit}",
+        )
+        if self.beams > 1:
+            sampling = ("temperature", "top_k", "top_p", "min_p", "lookup")
+            changed = [name for name in sampling if getattr(self, name) != getattr(GenerationConfig, name)]
+            require(not changed, f"{(changed or ['']) [0].replace('_', '-')} has no meaning with beams {self.beams}")
+            require(self.samples <= self.beams, f"samples is {self.samples}, more than beams {self.beams}")
+            require(self.truncate == "never", "truncate left has no meaning with beams")
 
 
 T = TypeVar("T")
@@ -307,6 +375,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in arguments:
+        return None if value is None else _convert(arguments[0], value, where)  # X | None
     if origin is tuple:
         fits = isinstance(value, (list, tuple)) and all(isinstance(item, arguments[0]) for item in value)
         if fits:
@@ -314,10 +384,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif origin is Literal:
         fits = value in arguments
     else:
-        allowed = arguments if origin in (types.UnionType, typing.Union) else (hint,)
-        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        fits = isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool))
+        fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     require(fits, f"{where} is {value!r}, which is not of the type it should have")
     return value
 

@@ -7,7 +7,8 @@ import threading
 import jax
 import pytest
 
-from jaxgpt.cli import GenerateOptions, main, parse
+from jaxgpt.arguments import parse
+from jaxgpt.cli import GenerateOptions, main
 from jaxgpt.config import TrainConfig
 from jaxgpt.recipes import RECIPES, recipe
 
@@ -58,8 +59,17 @@ def train_config(*flags):
         (["train", "--data.path", "nowhere.txt"], "no file or folder nowhere.txt"),
         (["train", "gpt2", "extra"], "extra"),
         (["generate"], "--model"),
-        (["generate", "--model", "nowhere", "--prompt", "a"], "nowhere is not a run folder"),
-        (["generate", "--model", "nowhere", "--temperature", "-1"], "temperature is -1.0; it must not be negative"),
+        (["generate", "--model", "nowhere", "--prompt", "a"], "there is no folder nowhere"),
+        (["generate", "--model", "./nowhere", "--prompt", "a"], "there is no folder ./nowhere"),
+        (["generate", "--model", "x", "--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
+        (["generate", "--model", "x", "--top-p", "0"], "top-p is 0.0; it must be in (0, 1]"),
+        (["generate", "--model", "x", "--top-p", "1.5"], "top-p is 1.5; it must be in (0, 1]"),
+        (["generate", "--model", "x", "--beams", "3", "--top-k", "4"], "top-k has no meaning with beams 3"),
+        (["generate", "--model", "x", "--beams", "2", "--samples", "3"], "samples is 3, more than beams 2"),
+        (["export", "--model", "x"], "--out is needed"),
+        (["evaluate", "--model", "x"], "--data is needed"),
+        (["evaluate", "--model", "x", "--data", "y", "--stride", "0"], "stride is 0; it must be at least 1"),
+        (["verify", "--model", "x", "--reference", "tf"], "tf"),
         (["generate", "--model", "nowhere", "--top-k", "0"], "top-k is 0"),
         (["generate", "--model", "nowhere", "--max-new-tokens", "0"], "max-new-tokens is 0; it must be at least 1"),
     ],
@@ -144,7 +154,7 @@ def test_train_then_generate(capsys, tmp_path, monkeypatch):
     common = ["generate", "--model", "run", "--max-new-tokens", "4", "--seed", "3"]
     assert main([*common, "--prompt", "ab", "c", "--json"]) == 0
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert [set(first), first["prompt"], second["prompt"]] == [{"prompt", "text", "tokens", "finish_reason"}, "ab", "c"]
+    assert [set(first), first["prompt"], second["prompt"]] == [{"prompt", "text", "tokens", "logprobs", "finish_reason"}, "ab", "c"]
     assert first["finish_reason"] in ("stop", "length") and all(isinstance(token, int) for token in first["tokens"])
     assert main([*common, "--prompt", "ab"]) == 0
     assert capsys.readouterr().out == "ab" + first["text"] + "\n"

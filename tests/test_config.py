@@ -10,7 +10,7 @@ from jaxgpt.config import (
     GPTConfig,
     OptimizerConfig,
     ParallelConfig,
-    SamplingConfig,
+    GenerationConfig,
     TrainConfig,
     flatten,
     from_dict,
@@ -23,7 +23,8 @@ UNUSUAL = TrainConfig(
     model=GPTConfig(
         vocab_size=300, context=32, layers=3, heads=2, width=8, hidden=24, dropout=0.5, bias=False, tied_head=False,
         positions="sinusoidal", norm_epsilon=1e-6, init_std=0.1, parameter_dtype="float64", compute_dtype="bfloat16",
-        attention="blocked", remat=True, unroll=2,
+        attention="blocked", remat=True, unroll=2, embedding_dropout=0.25, attention_dropout=0.125, activation="relu",
+        norm="post", scale_attention=False, scale_attention_by_layer=True,
     ),
     data=DataConfig(
         path=("a", "b"), text_field="body", tokenizer="byte", vocab_size=512, unknown="token", held_out=0.25,
@@ -92,7 +93,7 @@ def test_json_that_is_no_object_is_refused(values):
 @pytest.mark.parametrize(
     ("key", "value"),
     [(f"model.{name}", 0) for name in ("context", "layers", "heads", "width", "vocab-size", "hidden", "unroll")]
-    + [("model.heads", 5), ("model.dropout", 1.0), ("model.dropout", -0.1), ("model.norm-epsilon", 0.0)]
+    + [("model.heads", 5), ("model.dropout", 1.0), ("model.dropout", -0.1), ("model.attention-dropout", 1.0), ("model.norm-epsilon", 0.0)]
     + [("model.init-std", 0.0), ("model.init-std", float("nan"))]
     + [("data.batch-size", 0), ("data.held-out", 0.0), ("data.held-out", 1.0), ("data.vocab-size", 256)]
     + [("data.sequence-length", 0), ("data.sequence-length", 1025)]
@@ -116,10 +117,24 @@ def test_sinusoids_need_an_even_width():
         GPTConfig(width=9, heads=3, positions="sinusoidal")
 
 
-@pytest.mark.parametrize(("key", "value"), [("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0)])
-def test_bad_sampling_is_refused(key, value):
-    with pytest.raises(ValueError, match=f"^{key.replace('_', '-')} is {value};"):
-        SamplingConfig(**{key: value})
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1)]
+    + [("max_new_tokens", 0), ("min_new_tokens", -1), ("samples", 0), ("beams", 0), ("lookup", -1), ("seed", -1)]
+    + [("repetition_penalty", 0.0), ("no_repeat_ngram", 0), ("stop", ("a", ""))],
+)
+def test_bad_generation_settings_are_refused(key, value):
+    shown = "an empty string" if key == "stop" else value
+    with pytest.raises(ValueError, match=f"^{key.replace('_', '-')} is {shown}[;,]"):
+        GenerationConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("temperature", 1.0), ("top_k", 1), ("top_p", 1.0), ("min_p", 0.5), ("lookup", 1)]
+)
+def test_what_has_no_meaning_with_beams_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"^{key.replace('_', '-')} has no meaning with beams 2"):
+        GenerationConfig(beams=2, **{key: value})
 
 
 def test_what_follows_from_other_fields():

@@ -15,7 +15,7 @@ from jaxgpt.environment import cache_folder, use_compilation_cache
 
 ROOT = Path(__file__).parents[1]
 MISCOMPILES = importlib.metadata.version("jaxlib") in environment.MISCOMPILING_JAXLIB
-FUSION_OFF = f"{environment.FUSION_FLAG}="
+FUSION = f"{environment.FUSION_FLAG}={environment.FUSION_VALUE}"
 COUNT = f"{environment.DEVICE_COUNT_FLAG}=4"
 
 
@@ -48,7 +48,7 @@ print(json.dumps([float(f(x)[-1]), float(jax.jit(f)(x)[-1])]))
 @pytest.mark.parametrize("own", ["", "--xla_cpu_enable_fast_min_max=false", COUNT])
 def test_flags_are_appended(own):
     (flags, _), _ = python(SHOW, XLA_FLAGS=own)
-    assert flags.split() == own.split() + [FUSION_OFF] * MISCOMPILES
+    assert flags.split() == own.split() + [FUSION] * MISCOMPILES
 
 
 def test_the_users_own_value_of_the_flag_is_kept():

@@ -12,9 +12,11 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "jaxgpt").rglob("*.py"))
 PARTS = [path.relative_to(ROOT) for path in MODULES]
 # A part of the package may import those of a lower number, and itself.
-RANK = {"config": 0, "environment": 0, "recipes": 1, "models": 1, "data": 1, "storage": 1}
-RANK |= {"training": 2, "generation": 2, "tasks": 3, "api": 4, "cli": 5, "apps": 5, "__main__": 6, "__init__": 6}
-ONLY = {"recipes": {"config"}, "config": set(), "environment": set(), "__init__": {"environment"}, "__main__": {"cli"}}
+RANK = {"config": 0, "environment": 0, "recipes": 1, "arguments": 1, "models": 1, "data": 1, "storage": 1}
+RANK |= {"training": 2, "generation": 2, "tasks": 3, "reference": 3, "api": 4, "pretrain": 4, "evaluate": 5, "verify": 5}
+RANK |= {"cli": 6, "apps": 6, "__main__": 7, "__init__": 7}
+ONLY = {"recipes": {"config"}, "arguments": {"config"}, "config": set(), "environment": set()}
+ONLY |= {"__init__": {"environment"}, "__main__": {"cli"}}
 HEAVY = {"torch", "transformers", "matplotlib", "tensorboardX"}
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
@@ -99,7 +101,7 @@ def loaded_after(program):
     [
         "import jaxgpt",
         "from jaxgpt.cli import main; main(['--help'])",
-        "from jaxgpt.cli import main; main(['train', '--help']); main(['generate', '--help'])",
+        "from jaxgpt.cli import main; [main([verb, '--help']) for verb in ('train', 'generate', 'evaluate', 'export', 'verify')]",
         "from jaxgpt.cli import main; main(['train', '--stepz', '3'])",
         "import jaxgpt.data.batches, jaxgpt.data.shards, jaxgpt.storage.runs, jaxgpt.recipes",
     ],
@@ -116,7 +118,7 @@ def test_training_loads_nothing_that_only_some_need():
 def test_every_public_name_is_there():
     import jaxgpt
 
-    assert {"load", "train", "recipe", "GPT", "TrainConfig"} <= set(jaxgpt.__all__)
+    assert {"load", "export", "train", "recipe", "GPT", "TrainConfig", "GenerationConfig"} <= set(jaxgpt.__all__)
     assert all(getattr(jaxgpt, name) is not None for name in jaxgpt.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = jaxgpt.lode

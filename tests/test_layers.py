@@ -1,6 +1,7 @@
 """Layers: each is what its paper says, in the shapes it promises."""
 
-import flax.linen as nn
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,12 +50,29 @@ def test_dense_is_a_matrix_product_on_the_last_axis(bias):
     assert ("bias" in variables["params"]) == bias
 
 
-def test_mlp_is_two_products_around_gelu():
+def test_dense_reads_a_transposed_matrix_too():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5))
+    variables = Dense(4).init(jax.random.key(1), x)
+    turned = {"transposed": variables["params"]["kernel"].T, "bias": variables["params"]["bias"]}
+    np.testing.assert_allclose(Dense(4).apply({"params": turned}, x), Dense(4).apply(variables, x), atol=1e-6)
+
+
+FUNCTIONS = {
+    "gelu_new": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_mlp_is_two_products_around_its_activation(name):
     x = jax.random.normal(jax.random.key(0), (2, 3, 4))
-    layer = MLP(hidden=8, init_std=0.5, output_std=0.5)
+    layer = MLP(hidden=8, activation=name, init_std=0.5, output_std=0.5)
     variables = layer.init(jax.random.key(1), x)
-    up, down = variables["params"]["up"]["kernel"], variables["params"]["down"]["kernel"]
-    np.testing.assert_allclose(layer.apply(variables, x), nn.gelu(x @ up, approximate=True) @ down, atol=1e-5)
+    up, down = (np.asarray(variables["params"][part]["kernel"], np.float64) for part in ("up", "down"))
+    np.testing.assert_allclose(layer.apply(variables, x), FUNCTIONS[name](np.asarray(x) @ up) @ down, atol=1e-5)
 
 
 def test_multi_head_attention_is_heads_side_by_side():

@@ -6,7 +6,7 @@ import shlex
 import jax
 import pytest
 
-from jaxgpt.cli import parse
+from jaxgpt.arguments import parse
 from jaxgpt.config import TrainConfig, flatten
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.recipes import RECIPES, describe, recipe

@@ -290,9 +290,55 @@ def test_a_cut_or_altered_file_is_refused_or_loads(bpe, tmp_path):
             assert "tokenizer.json" in str(error)  # noqa: PT017  (not every altered byte does harm)
 
 
-def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
+def test_a_tokenizer_without_end_of_text_separates_no_documents(tmp_path):
     tokenizers.Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_of_text is None and tokenizer.encode("aa") == [0, 0]
     with pytest.raises(ValueError, match="endoftext"):
+        _ = tokenizer.separator
+
+
+def test_special_tokens_only_on_request(bpe):
+    text = "one<|endoftext|>two<|endoftext|>"
+    plain, special = bpe.encode(text), bpe.encode(text, special_tokens=True)
+    assert bpe.end_of_text not in plain and bpe.decode(plain) == text
+    end = [bpe.end_of_text]
+    assert special == bpe.encode("one") + end + bpe.encode("two") + end
+    assert bpe.encode("none here", special_tokens=True) == bpe.encode("none here")
+
+
+def write_first_gpt_files(folder):
+    """A vocabulary in the manner of the first GPT: words end in </w>, all lower case."""
+    letters = "abcdefghijklmnopqrstuvwxyz'.,!"
+    pairs = [("t", "h"), ("th", "e</w>"), ("a", "n"), ("an", "d</w>")]
+    names = ["<unk>", *letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in pairs)]
+    (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs))
+
+
+def test_the_first_gpts_vocabulary_lower_cases_and_ends_words(tmp_path):
+    write_first_gpt_files(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("The AND the") == tokenizer.encode("the and the")
+    assert len(tokenizer.encode("The AND the")) == 3
+    assert tokenizer.decode(tokenizer.encode("The cat, and the dog!")) == "the cat , and the dog !"
+    assert tokenizer.encode("7") == [0], "what is unknown is the unknown token"
+
+
+def test_added_tokens_follow_the_vocabulary(tmp_path, bpe):
+    bpe.save(tmp_path / "tokenizer.json")
+    description = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").unlink()
+    vocabulary, merges = description["model"]["vocab"], description["model"]["merges"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"<|endoftext|>": len(vocabulary)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in merges))
+    size = load_tokenizer(tmp_path).vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": size, "<|im_end|>": size + 1}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == size + 2
+    assert tokenizer.encode("a<pad>", special_tokens=True) == [*tokenizer.encode("a"), size]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": size + 7}))
+    with pytest.raises(ValueError, match="gives <pad> the id"):
         load_tokenizer(tmp_path)
 
 

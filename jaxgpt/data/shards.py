@@ -127,7 +127,7 @@ def _write_split(folder: Path, name: str, documents: Iterator[str], tokenizer: T
     description: dict[str, Any] = {"documents": 0, "bytes": 0, "shards": []}
 
     def pieces() -> Iterator[np.ndarray]:
-        separator = np.array([tokenizer.end_of_text], dtype)
+        separator = np.array([tokenizer.separator], dtype)
         while batch := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
             for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 if description["documents"]:

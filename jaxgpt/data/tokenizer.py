@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
@@ -36,20 +36,13 @@ class Tokenizer:
     """
 
     def __init__(self, rust: tokenizers.Tokenizer) -> None:
-        """Wrap a Rust tokenizer.
-
-        Raises:
-            ValueError: it has no end-of-text token.
-        """
+        """Wrap a Rust tokenizer."""
         rust.encode_special_tokens = True  # not saved in the JSON, so set for every object
         # A file from elsewhere may ask for these, and text would be cut or filled up without a word.
         rust.no_truncation()
         rust.no_padding()
         self._rust = rust
-        end_of_text = rust.token_to_id(END_OF_TEXT)
-        if end_of_text is None:
-            raise ValueError(f"the tokenizer has no {END_OF_TEXT} token, which separates documents")
-        self.end_of_text: int = end_of_text
+        self.end_of_text: int | None = rust.token_to_id(END_OF_TEXT)
         vocabulary = rust.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         # A BPE without an unknown token drops what it does not know and says nothing.
@@ -59,14 +52,32 @@ class Tokenizer:
         self._alphabet = None if known else frozenset(vocabulary)
         self._spell = _spell_bytes if by_bytes else str
         self._cut = _where_to_cut(description)
+        self.special_tokens: dict[str, int] = {t["content"]: t["id"] for t in description["added_tokens"] if t["special"]}
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`.
+    @property
+    def separator(self) -> int:
+        """The end-of-text token, which stands between documents.
+
+        Raises:
+            ValueError: the tokenizer has none.
+        """
+        if self.end_of_text is None:
+            raise ValueError(f"the tokenizer has no {END_OF_TEXT} token, which separates documents")
+        return self.end_of_text
+
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Return the ids of `text`; only with `special_tokens` does "<|endoftext|>" in it become that one token.
 
         Raises:
             ValueError: a character outside a character vocabulary (named, with its position), or a lone surrogate.
         """
-        return self.encode_batch([text])[0].tolist()
+        if not special_tokens or not self.special_tokens:
+            return self.encode_batch([text])[0].tolist()
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        ids = [own.tolist() for own in self.encode_batch(pieces[::2])]
+        special = [[self.special_tokens[name]] for name in pieces[1::2]]
+        return [token for pair in zip(ids, [*special, []], strict=True) for part in pair for token in part]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text (uint32 arrays), on all cores. Raises as `encode` does."""
@@ -88,15 +99,16 @@ class Tokenizer:
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of `ids` in pieces as they come, a piece only once its characters are whole."""
-        decoder, pending = decoders.DecodeStream(skip_special_tokens=True), []
+        pieces = self.pieces()
         for token in ids:
-            pending.append(token)
-            piece = decoder.step(self._rust, token)
-            if piece is not None:
-                pending = []
+            if piece := pieces.push(token):
                 yield piece
-        if rest := self.decode(pending):  # a character that never became whole
+        if rest := pieces.rest():
             yield rest
+
+    def pieces(self) -> Pieces:
+        """A decoder for ids that come one at a time."""
+        return Pieces(self._rust)
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json, whole or not at all."""
@@ -129,6 +141,27 @@ class Tokenizer:
                 f"the character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not in the "
                 f"tokenizer's vocabulary of {self.vocab_size} tokens"
             )
+
+
+class Pieces:
+    """Turns ids that come one at a time into text, never half a character."""
+
+    def __init__(self, rust: tokenizers.Tokenizer) -> None:
+        self._rust, self._decoder = rust, decoders.DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Add one id; return the text that is whole now, often none."""
+        self._pending.append(token)
+        piece: str | None = self._decoder.step(self._rust, token)
+        if piece is None:
+            return ""
+        self._pending = []
+        return piece
+
+    def rest(self) -> str:
+        """The text of what never became whole, with U+FFFD for what is no UTF-8."""
+        return self._rust.decode(self._pending, skip_special_tokens=True)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -186,17 +219,30 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return load_tokenizer(path / "tokenizer.json")
     for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (path / vocabulary).is_file() and (path / merges).is_file():
-            return _guarded(path, lambda: _from_gpt2_files(path / vocabulary, path / merges))  # noqa: B023
+            return _guarded(path, lambda: _from_vocabulary(path, vocabulary, merges))  # noqa: B023
     raise FileNotFoundError(
         f"{path} has no tokenizer.json, no vocab.json with merges.txt, no encoder.json with vocab.bpe"
     )
 
 
-def _from_gpt2_files(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
-    rust = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust.decoder = decoders.ByteLevel()
-    rust.add_special_tokens([END_OF_TEXT])
+def _from_vocabulary(folder: Path, vocabulary: str, merges: str) -> tokenizers.Tokenizer:
+    """GPT-2's byte-level BPE; or, where words end in "</w>", the first GPT's, which lower-cases (Radford et al. 2018)."""
+    known, pairs = models.BPE.read_file(str(folder / vocabulary), str(folder / merges))
+    if any(token.endswith("</w>") for token in known):
+        rust = tokenizers.Tokenizer(models.BPE(known, pairs, unk_token="<unk>", end_of_word_suffix="</w>"))
+        rust.normalizer = normalizers.BertNormalizer(lowercase=True)
+        rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        rust.decoder = decoders.BPEDecoder(suffix="</w>")
+    else:
+        rust = tokenizers.Tokenizer(models.BPE(known, pairs))
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        rust.decoder = decoders.ByteLevel()
+        rust.add_special_tokens([END_OF_TEXT])
+    if (folder / "added_tokens.json").is_file():
+        added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text("utf-8"))
+        rust.add_special_tokens(sorted(added, key=lambda token: added[token]))
+        if wrong := [token for token, number in added.items() if rust.token_to_id(token) != number]:
+            raise ValueError(f"added_tokens.json gives {wrong[0]} the id {added[wrong[0]]}, which is not the next free one")
     return rust
 
 

@@ -1,78 +1,215 @@
-"""Decoding with a key-value cache: one prefill of the prompt, then one token at a time.
+"""Decoding with a key-value cache: one prefill of the prompts, then a step for each token, of all rows at once.
 
-Works on any function `(parameters, tokens, count, cache) -> (logits, cache)`; see `models.gpt.next_token_logits`.
+Works on any pair of functions `prefill` and `decode_step`; see `models.gpt` for theirs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxgpt.config import SamplingConfig
-from jaxgpt.generation.sampling import sample_token
+from jaxgpt.config import GenerationConfig, GPTConfig
+from jaxgpt.generation.sampling import choose_token, rules
+from jaxgpt.models import gpt
 from jaxgpt.models.attention import KVCache
 
-# (parameters, tokens (B, T), how many of the T count, cache) -> (logits of the next token (B, V), cache)
-Step = Callable[[Any, Int[Array, "B T"], Int[Array, ""], KVCache], tuple[Float[Array, "B V"], KVCache]]
+# (parameters, tokens (B, T), how many of a row's T count (B,), capacity) -> (logits of the next token (B, V), cache)
+Prefill = Callable[[Any, Int[Array, "B T"], Int[Array, " B"], int], tuple[Float[Array, "B V"], KVCache]]
+# (parameters, tokens (B, T), cache) -> (logits of what follows each (B, T, V), cache)
+Step = Callable[[Any, Int[Array, "B T"], KVCache], tuple[Float[Array, "B T V"], KVCache]]
+
+LONGEST_NGRAM = 3  # what the newest tokens must have in common with earlier ones for a guess, at most
+SMALLEST_BUCKET = 16
+
+
+@dataclass
+class Text:
+    """One text being made: `Decoder.decode` lengthens it."""
+
+    tokens: list[int]
+    """the prompt, then what is new"""
+    prompt: int
+    """how many of them are the prompt"""
+    limit: int
+    """most new tokens"""
+    sample: int = 0
+    """which of the texts of its prompt it is; with the seed it decides its random draws"""
+    logprobs: list[float] = field(default_factory=list)
+    """log-probability of each new token under the model, in nats"""
+    finish: Literal["stop", "length"] | None = None
+    """why it ended; None while it goes on. Whoever reads the text may end it"""
+
+    @property
+    def new(self) -> list[int]:
+        """The new tokens."""
+        return self.tokens[self.prompt :]
 
 
 class Decoder:
-    """A step function compiled for decoding: once for each bucket of prompt lengths, once for single tokens.
+    """A model's `prefill` and `decode_step`, compiled for buckets of lengths, so that a new length rarely compiles."""
 
-    `new_cache()` returns an empty cache for one row; its capacity is the context.
-    """
+    def __init__(self, prefill: Prefill, decode_step: Step, context: int) -> None:
+        """`context` is the most tokens the model sees."""
+        self.context = context
+        self._prefill = jax.jit(prefill, static_argnums=3)
+        self._step = jax.jit(decode_step, donate_argnums=2)
+        self._take = jax.jit(KVCache.take)
 
-    def __init__(self, step: Step, new_cache: Callable[[], KVCache]) -> None:
-        self._new_cache = new_cache
-        self._capacity = jax.eval_shape(lambda: new_cache().key).shape[2]
-        self._advance = jax.jit(functools.partial(_advance, step), static_argnames="top_k", donate_argnums=3)
+    def prefill(
+        self, parameters: Any, windows: Sequence[Sequence[int]], room: int, slack: int = 0
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Read token sequences of any lengths; the cache has room for `room` more each, up to the context, and `slack`.
 
-    def tokens(self, parameters: Any, prompt: Sequence[int], sampling: SamplingConfig) -> Iterator[int]:
-        """Yield tokens that continue `prompt`, without end.
+        Equal sequences are read once.
+        """
+        number: dict[tuple[int, ...], int] = {}
+        for window in windows:
+            number.setdefault(tuple(window), len(number))
+        distinct, longest = list(number), max(map(len, windows))
+        tokens = padded(distinct, bucket(longest, self.context))
+        lengths = np.array([len(window) for window in distinct], np.int32)
+        capacity = bucket(min(self.context, longest + room), self.context) + slack
+        logits, cache = self._prefill(parameters, tokens, lengths, capacity)
+        if len(distinct) == len(windows):
+            return logits, cache
+        rows = jnp.array([number[tuple(window)] for window in windows], jnp.int32)
+        return logits[rows], self._take(cache, rows)
 
-        The same prompt, seed and parameters give the same tokens. When the context is full, the newer half of what it
-        holds becomes the prompt of a fresh cache: learned positions cannot move, so the window does.
+    def take(self, cache: KVCache, rows: Int[np.ndarray, " R"]) -> KVCache:
+        """The cache of these rows, in this order."""
+        return self._take(cache, rows)
+
+    def step(
+        self, parameters: Any, tokens: Int[np.ndarray, "B T"], cache: KVCache
+    ) -> tuple[Float[Array, "B T V"], KVCache]:
+        """Continue each row by T tokens; the old cache is used up (donated)."""
+        return self._step(parameters, tokens, cache)
+
+    def decode(
+        self, parameters: Any, texts: Sequence[Text], config: GenerationConfig, stop_tokens: Sequence[int]
+    ) -> Iterator[None]:
+        """Lengthen each text, each as it would be alone, and yield after every step until all have ended.
+
+        A text ends before a stop token, at its limit, or when the caller says so. When the
+        context is full, the newer half of what it holds is read anew: learned positions cannot move, so the window
+        does.
+
+        With `config.lookup` each step checks that many guesses besides the token it makes (prompt lookup, Saxena 2023):
+        the tokens are chosen exactly as without, only several at once where guesses were right.
 
         Raises:
             ValueError: an empty prompt.
         """
-        if not prompt:
+        if any(not text.tokens for text in texts):
             raise ValueError("the prompt is empty; generation needs at least one token to continue")
-        key = jax.random.key(sampling.seed)
-        temperature = np.float32(sampling.temperature)
-        seen = list(prompt)
-        window, cache, cached = seen[-self._capacity :], self._new_cache(), 0
+        begin = [max(0, len(text.tokens) - self.context) for text in texts]
         while True:
-            size = min(self._capacity, 1 << (len(window) - 1).bit_length())  # few sizes, so few compilations
-            padded = np.zeros((1, size), np.int32)
-            padded[0, : len(window)] = window
-            token_key = jax.random.fold_in(key, len(seen))
-            token, cache = self._advance(
-                parameters, padded, np.int32(len(window)), cache, token_key, temperature, top_k=sampling.top_k
-            )
-            cached += len(window)
-            seen.append(int(token[0]))
-            yield seen[-1]
-            window = seen[-1:]
-            if cached == self._capacity:
-                window, cache, cached = seen[-max(1, self._capacity // 2) :], self._new_cache(), 0
+            windows = [text.tokens[start:] for text, start in zip(texts, begin, strict=True)]
+            room = max(text.limit - len(text.new) for text in texts)
+            first, cache = self.prefill(parameters, windows, room, config.lookup)
+            logits, guesses = first[:, None], [[] for _ in texts]
+            while True:
+                chosen = self._choose(logits, texts, guesses, config, stop_tokens)
+                for row, text in enumerate(texts):
+                    # A position beyond the context is no position: what was computed there does not count.
+                    space = self.context - (len(text.tokens) - 1 - begin[row])
+                    _accept(text, chosen[row][: max(1, space)], guesses[row], stop_tokens)
+                yield
+                going = [row for row, text in enumerate(texts) if text.finish is None]
+                if not going:
+                    return
+                full = [row for row in going if len(texts[row].tokens) - begin[row] > self.context]
+                if full:
+                    for row in full:
+                        begin[row] = len(texts[row].tokens) - max(1, self.context // 2)
+                    break
+                guesses = [
+                    guess(text.tokens, config.lookup) if text.finish is None else [0] * config.lookup for text in texts
+                ]
+                newest = [[text.tokens[-1], *ahead] for text, ahead in zip(texts, guesses, strict=True)]
+                known = [min(len(t.tokens) - 1 - start, self.context) for t, start in zip(texts, begin, strict=True)]
+                cache = dataclasses.replace(cache, length=jnp.array(known, jnp.int32))
+                logits, cache = self.step(parameters, np.array(newest, np.int32), cache)
+
+    def _choose(
+        self,
+        logits: Float[Array, "B T V"],
+        texts: Sequence[Text],
+        guesses: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        stop_tokens: Sequence[int],
+    ) -> list[list[tuple[int, float]]]:
+        """The token at each of the T places of each row, were the guesses before it right, and its log-probability."""
+        rule = rules(config, stop_tokens)
+        rows = [(text, ahead[:place]) for text, ahead in zip(texts, guesses, strict=True) for place in range(logits.shape[1])]
+        positions = np.array([len(text.tokens) + len(ahead) for text, ahead in rows], np.int32)
+        samples = np.array([text.sample for text, _ in rows], np.int32)
+        prompts = np.array([text.prompt for text, _ in rows])
+        seen = None
+        if rule.need_history:
+            seen = padded([[*text.tokens, *ahead] for text, ahead in rows], bucket(int(positions.max())))
+        tokens, logprobs = choose_token(
+            logits.reshape(len(rows), -1), rule, np.int32(config.seed), samples, positions,
+            positions - prompts < config.min_new_tokens, seen,
+        )  # fmt: skip
+        pairs = list(zip(np.asarray(tokens).tolist(), np.asarray(logprobs).tolist(), strict=True))
+        return [pairs[start : start + logits.shape[1]] for start in range(0, len(pairs), logits.shape[1])]
 
 
-def _advance(
-    step: Step,
-    parameters: Any,
-    tokens: Int[Array, "1 T"],
-    count: Int[Array, ""],
-    cache: KVCache,
-    key: Array,
-    temperature: Float[Array, ""],
-    *,
-    top_k: int | None,
-) -> tuple[Int[Array, " 1"], KVCache]:
-    logits, cache = step(parameters, tokens, count, cache)
-    return sample_token(logits, key[None], temperature, top_k), cache
+def _accept(
+    text: Text, chosen: Sequence[tuple[int, float]], guesses: Sequence[int], stop_tokens: Sequence[int]
+) -> None:
+    """Add tokens as long as each was computed from the right ones before it; end the text where it ends."""
+    for place, (token, logprob) in enumerate(chosen):
+        if text.finish is not None or (place and guesses[place - 1] != text.tokens[-1]):
+            return
+        if token in stop_tokens:
+            text.finish = "stop"
+            return
+        text.tokens.append(token)
+        text.logprobs.append(logprob)
+        if len(text.new) >= text.limit:
+            text.finish = "length"
+
+
+def guess(tokens: Sequence[int], count: int) -> list[int]:
+    """Guess `count` tokens: those that followed the last earlier place with the same newest tokens, the more the better."""
+    if count == 0:
+        return []
+    array = np.array(tokens)
+    for n in range(min(LONGEST_NGRAM, len(array) - 1), 0, -1):
+        windows = np.lib.stride_tricks.sliding_window_view(array[:-1], n)
+        places = np.flatnonzero((windows == array[-n:]).all(axis=1))
+        if len(places):
+            following = tokens[places[-1] + n : places[-1] + n + count]
+            return [*following, *[tokens[-1]] * (count - len(following))]
+    return [tokens[-1]] * count
+
+
+def bucket(length: int, most: int | None = None) -> int:
+    """The power of two at or above `length`, but not above `most`: few sizes, so few compilations."""
+    size = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    return size if most is None else min(size, most)
+
+
+def padded(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
+    """The rows as one array, filled up with zeros at the end."""
+    array = np.zeros((len(rows), width), np.int32)
+    for row, tokens in zip(array, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return array
+
+
+def gpt_decoder(config: GPTConfig) -> Decoder:
+    """The decoder of a GPT; its parameters are best laid out by `models.gpt.decoding_parameters`."""
+    return Decoder(
+        functools.partial(gpt.prefill, config), functools.partial(gpt.decode_step, config), config.context
+    )

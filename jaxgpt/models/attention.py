@@ -20,6 +20,8 @@ from jaxgpt.config import AttentionName
 # Queries a block: measured on CPU, 64 and 256 are slower at every length from 256 to 2,048.
 QUERY_BLOCK = 128
 
+Scale = float | Float[Array, ""] | None
+
 
 def dropout(x: Float[Array, "B ..."], rate: float, keys: Key[Array, " B"] | None) -> Float[Array, "B ..."]:
     """Zero a share `rate` of `x` and scale the rest by 1 / (1 - rate) (Srivastava et al. 2014).
@@ -40,7 +42,7 @@ def fold_in(keys: Key[Array, " B"] | None, number: int | Int[Array, ""]) -> Key[
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
 
 
-def causal_mask(queries: int, keys: int, offset: int | Int[Array, ""] = 0) -> Bool[Array, "1 1 T S"]:
+def causal_mask(queries: int, keys: int, offset: int = 0) -> Bool[Array, "1 1 T S"]:
     """True where query t, which stands at position offset + t, may look at key position s: s <= offset + t."""
     positions = offset + jnp.arange(queries)
     return (jnp.arange(keys)[None, :] <= positions[:, None])[None, None]
@@ -52,16 +54,19 @@ def self_attention(
     value: Float[Array, "B S N H"],
     *,
     mask: Bool[Array, "#B #N T S"] | None = None,
+    scale: Scale = None,
     dropout_rate: float = 0.0,
     dropout_keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention: softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017, section 3.2.1).
 
     The reference form, with the whole score matrix (B, N, T, S) in memory. Scores and softmax are computed in at least
-    float32. A query whose mask is False everywhere gets the mean of all values: mask such rows in the loss.
+    float32. A query whose mask is False everywhere gets the mean of all values: mask such rows in the loss. `scale`
+    multiplies the scores instead of 1 / sqrt(H).
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=dtype) / math.sqrt(query.shape[-1])
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=dtype)
+    scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
@@ -74,6 +79,7 @@ def blocked_masked_self_attention(
     key: Float[Array, "B T N H"],
     value: Float[Array, "B T N H"],
     *,
+    scale: Scale = None,
     dropout_rate: float = 0.0,
     dropout_keys: Key[Array, " B"] | None = None,
     block: int = QUERY_BLOCK,
@@ -92,6 +98,7 @@ def blocked_masked_self_attention(
             key[:, :stop],
             value[:, :stop],
             mask=causal_mask(stop - start, stop, start),
+            scale=scale,
             dropout_rate=dropout_rate,
             dropout_keys=fold_in(dropout_keys, start),
         )
@@ -105,6 +112,7 @@ def masked_self_attention(
     value: Float[Array, "B T N H"],
     *,
     implementation: AttentionName = "auto",
+    scale: Scale = None,
     dropout_rate: float = 0.0,
     dropout_keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -117,35 +125,77 @@ def masked_self_attention(
         attend = blocked_masked_self_attention
     else:
         attend = functools.partial(self_attention, mask=causal_mask(length, length))
-    return attend(query, key, value, dropout_rate=dropout_rate, dropout_keys=dropout_keys)
+    return attend(query, key, value, scale=scale, dropout_rate=dropout_rate, dropout_keys=dropout_keys)
 
 
 @flax.struct.dataclass
 class KVCache:
     """Keys and values of the tokens seen so far, of every layer, so that decoding computes each token once.
 
-    A pytree that goes into `apply` and comes out new. `length` counts the tokens that are valid; what lies beyond is
-    never looked at.
+    A pytree that goes into `apply` and comes out new. Each row has a length of its own, so that prompts of different
+    lengths share a batch: what lies beyond a row's length is never looked at, and is overwritten as the row grows. A
+    layer that has seen nothing yet has no arrays (see `empty_cache`). The arrays are one pair a layer, not stacked: of a
+    stacked array XLA would copy a layer's part to read it.
     """
 
-    key: Float[Array, "L B S N H"]
-    value: Float[Array, "L B S N H"]
-    length: Int[Array, ""]
+    key: tuple[Float[Array, "B N S H"], ...]
+    value: tuple[Float[Array, "B N S H"], ...]
+    length: Int[Array, " B"]
+    capacity: int = flax.struct.field(pytree_node=False)
 
-    @property
-    def capacity(self) -> int:
-        """S, how many tokens fit."""
-        return self.key.shape[2]
+    def has(self, layer: int) -> bool:
+        """Whether `layer` has seen tokens."""
+        return layer < len(self.key)
 
-    def insert(
-        self, layer: Int[Array, ""], key: Float[Array, "B T N H"], value: Float[Array, "B T N H"]
-    ) -> tuple[KVCache, Float[Array, "B S N H"], Float[Array, "B S N H"]]:
-        """Write one layer's T new keys and values at `length`; return the cache and all of that layer's.
+    def start(self, key: Float[Array, "B T N H"], value: Float[Array, "B T N H"]) -> KVCache:
+        """Add the first tokens of the next layer, of every row, T up to S."""
+        beyond = ((0, 0), (0, 0), (0, self.capacity - key.shape[1]), (0, 0))
+        key, value = (jnp.pad(x.swapaxes(1, 2), beyond) for x in (key, value))
+        return dataclasses.replace(self, key=(*self.key, key), value=(*self.value, value))
 
-        `length` itself moves once all layers have written: see `GPT`.
+    def insert(self, layer: int, key: Float[Array, "B T N H"], value: Float[Array, "B T N H"]) -> KVCache:
+        """Write T new keys and values of one layer at each row's `length`, which moves once all layers have: see `GPT`.
+
+        The caller sees to it that they fit: where they do not, they would overwrite older ones.
         """
-        zero = jnp.zeros((), self.length.dtype)  # all indices of one type, also where x64 is on
-        start = (layer, zero, self.length, zero, zero)
-        keys = jax.lax.dynamic_update_slice(self.key, key[None].astype(self.key.dtype), start)
-        values = jax.lax.dynamic_update_slice(self.value, value[None].astype(self.value.dtype), start)
-        return dataclasses.replace(self, key=keys, value=values), keys[layer], values[layer]
+        key, value = (_write_rows(old[layer], new, self.length) for old, new in ((self.key, key), (self.value, value)))
+        return dataclasses.replace(
+            self, key=_with(self.key, layer, key), value=_with(self.value, layer, value)
+        )
+
+    def take(self, rows: Int[Array, " R"]) -> KVCache:
+        """Return the cache of these rows, in this order; a row may come several times."""
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
+
+
+def empty_cache(batch: int, capacity: int) -> KVCache:
+    """A cache of `batch` rows for up to `capacity` tokens each, before any token."""
+    return KVCache((), (), jnp.zeros(batch, jnp.int32), capacity)
+
+
+def _with(layers: tuple[Array, ...], layer: int, new: Array) -> tuple[Array, ...]:
+    return (*layers[:layer], new, *layers[layer + 1 :])
+
+
+def _write_rows(
+    old: Float[Array, "B N S H"], new: Float[Array, "B T N H"], start: Int[Array, " B"]
+) -> Float[Array, "B N S H"]:
+    new = new.swapaxes(1, 2).astype(old.dtype)
+    zero = jnp.zeros((), start.dtype)  # all indices of one type, also where x64 is on
+    if old.shape[0] == 1:  # one row needs no scatter, which takes a fifth longer
+        return jax.lax.dynamic_update_slice(old, new, (zero, zero, start[0], zero))
+    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (zero, at, zero)))(old, new, start)
+
+
+def attend_to_cache(
+    query: Float[Array, "B T N H"], cache: KVCache, layer: int, *, scale: Scale = None
+) -> Float[Array, "B T N H"]:
+    """Attention of the T newest tokens of each row, already in the cache at its `length`, to all up to themselves."""
+    key, value = cache.key[layer], cache.value[layer]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("BTNH,BNSH->BNTS", query, key, preferred_element_type=dtype)
+    scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
+    positions = cache.length[:, None] + jnp.arange(query.shape[1])
+    mask = jnp.arange(cache.capacity) <= positions[:, None, :, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(dtype).min), axis=-1).astype(query.dtype)
+    return jnp.einsum("BNTS,BNSH->BTNH", weights, value)

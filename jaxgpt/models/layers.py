@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxgpt.config import AttentionName, Dtype
-from jaxgpt.models.attention import KVCache, causal_mask, masked_self_attention, self_attention
+from jaxgpt.config import ActivationName, AttentionName, Dtype
+from jaxgpt.models.attention import KVCache, Scale, attend_to_cache, masked_self_attention
 
 
 def sinusoidal_positions(length: int, width: int) -> Float[Array, "T D"]:
@@ -38,7 +40,7 @@ class PositionalEncoding(nn.Module):
     parameter_dtype: Dtype = "float32"
 
     @nn.compact
-    def __call__(self, positions: Int[Array, " T"]) -> Float[Array, "T D"]:
+    def __call__(self, positions: Int[Array, "*#B T"]) -> Float[Array, "*#B T D"]:
         if self.learned:
             init = nn.initializers.normal(self.init_std)
             table = self.param("embedding", init, (self.context, self.width), self.parameter_dtype)
@@ -51,7 +53,8 @@ class Dense(nn.Module):
     """y = x W + b on the last axis, W (in, out) as in GPT-2's Conv1D.
 
     All leading axes are flattened to one first: the gradient of a three-dimensional product makes XLA transpose and
-    recompute its neighbours on CPU (a fifth of a small model's step).
+    recompute its neighbours on CPU (a fifth of a small model's step). Where the parameters hold `transposed` (out, in)
+    instead of `kernel`, that is used (see `models.gpt.decoding_parameters`).
     """
 
     features: int
@@ -62,18 +65,35 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        init = nn.initializers.normal(self.init_std)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.parameter_dtype)
-        y = x.reshape(-1, x.shape[-1]).astype(self.compute_dtype) @ kernel.astype(self.compute_dtype)
+        flat = x.reshape(-1, x.shape[-1]).astype(self.compute_dtype)
+        if self.has_variable("params", "transposed"):
+            y = (self.get_variable("params", "transposed").astype(self.compute_dtype) @ flat.T).T
+        else:
+            init = nn.initializers.normal(self.init_std)
+            kernel = self.param("kernel", init, (x.shape[-1], self.features), self.parameter_dtype)
+            y = flat @ kernel.astype(self.compute_dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.parameter_dtype).astype(y.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
+def activation(name: ActivationName) -> Callable[[Float[Array, ...]], Float[Array, ...]]:
+    """The non-linearity of the feed-forward layer; GPT-2's is `gelu_new`, GELU in its tanh form."""
+    functions: dict[str, Callable[[Array], Array]] = {
+        "gelu_new": partial(jax.nn.gelu, approximate=True),
+        "gelu": partial(jax.nn.gelu, approximate=False),
+        "relu": jax.nn.relu,
+        "silu": jax.nn.silu,
+        "tanh": jnp.tanh,
+    }
+    return functions[name]
+
+
 class MLP(nn.Module):
-    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3), with GELU in its tanh form as in GPT-2."""
+    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3)."""
 
     hidden: int
+    activation: ActivationName = "gelu_new"
     bias: bool = True
     init_std: float = 0.02
     output_std: float = 0.02
@@ -84,7 +104,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dense = partial(Dense, parameter_dtype=self.parameter_dtype, compute_dtype=self.compute_dtype)
         hidden = dense(self.hidden, self.bias, self.init_std, name="up")(x)
-        return dense(x.shape[-1], self.bias, self.output_std, name="down")(nn.gelu(hidden, approximate=True))
+        return dense(x.shape[-1], self.bias, self.output_std, name="down")(activation(self.activation)(hidden))
 
 
 class MultiHeadAttention(nn.Module):
@@ -93,8 +113,9 @@ class MultiHeadAttention(nn.Module):
     One product makes queries, keys and values of all heads, (D, 3 D) in the order of GPT-2's `c_attn`; each head
     attends in its own D / N dimensions; a last product mixes the heads. The width must divide by `heads`.
 
-    Called with x (B, T, D): causal attention within x. Called with a cache too: x continues what the cache holds,
-    `layer` says whose keys and values it is, and the cache with x's own added comes back.
+    Called with x (B, T, D): causal attention within x. Called with a cache too: x continues what the cache holds of
+    `layer`, and the cache with x's own keys and values added comes back. `scale` multiplies the scores (default:
+    1 / sqrt(H)).
     """
 
     heads: int
@@ -111,8 +132,9 @@ class MultiHeadAttention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         cache: KVCache | None = None,
-        layer: Int[Array, ""] | None = None,
+        layer: int | Int[Array, ""] = 0,
         dropout_keys: Key[Array, " B"] | None = None,
+        scale: Scale = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         batch, length, width = x.shape
         if width % self.heads:
@@ -122,12 +144,14 @@ class MultiHeadAttention(nn.Module):
         query, key, value = (
             part.reshape(batch, length, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
         )
-        if cache is None or layer is None:
-            attend = partial(masked_self_attention, implementation=self.implementation)
+        if cache is not None and isinstance(layer, int) and cache.has(layer):
+            cache = cache.insert(layer, key, value)
+            heads = attend_to_cache(query, cache, layer, scale=scale)
         else:
-            mask = causal_mask(length, cache.capacity, cache.length)
-            cache, key, value = cache.insert(layer, key, value)
-            attend = partial(self_attention, mask=mask)
-        heads = attend(query, key, value, dropout_rate=self.dropout, dropout_keys=dropout_keys)
+            cache = cache and cache.start(key, value)
+            heads = masked_self_attention(
+                query, key, value, implementation=self.implementation, scale=scale, dropout_rate=self.dropout,
+                dropout_keys=dropout_keys,
+            )  # fmt: skip
         y = dense(width, self.bias, self.output_std, name="out")(heads.reshape(batch, length, width))
         return y, cache

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+# So many rows, as in decoding, are faster as columns on the right of the head (measured on CPU: one row by a third).
+FEW_ROWS = 16
+
 
 def unembed(hidden: Float[Array, "... D"], head: Float[Array, "V D"]) -> Float[Array, "... V"]:
     """Logits over the vocabulary, in at least float32. GPT-2's head is its token embedding, with no scaling.
@@ -14,7 +17,11 @@ def unembed(hidden: Float[Array, "... D"], head: Float[Array, "V D"]) -> Float[A
     """
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = jnp.matmul(flat, head.astype(hidden.dtype).T, preferred_element_type=dtype)
+    matrix = head.astype(hidden.dtype)
+    if len(flat) <= FEW_ROWS:
+        logits = jnp.matmul(matrix, flat.T, preferred_element_type=dtype).T
+    else:
+        logits = jnp.matmul(flat, matrix.T, preferred_element_type=dtype)
     return logits.reshape(*hidden.shape[:-1], head.shape[0])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -11,11 +10,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
+from jaxgpt.config import GenerationConfig, GPTConfig, TrainConfig
 from jaxgpt.data.batches import WindowBatches, check_length, evaluation_batches, prefetch
 from jaxgpt.data.shards import TokenizedText
-from jaxgpt.generation.decode import Decoder
-from jaxgpt.models.gpt import GPT, Parameters, init_cache, init_parameters, next_token_logits, output_head
+from jaxgpt.generation.decode import Text, gpt_decoder
+from jaxgpt.generation.text import Writer, write
+from jaxgpt.models.gpt import GPT, Parameters, decoding_parameters, init_parameters, output_head
 from jaxgpt.models.losses import cross_entropy, unembed
 from jaxgpt.training.step import Batch, Loss
 
@@ -71,14 +71,13 @@ class LanguageModelling:
         """Text by the model, in pieces, the prompt (see `TrainConfig.sample_prompt`) first."""
         tokenizer, model, prompt = self._text.tokenizer, self._config.model, self._config.sample_prompt or ""
         first = self._prompt_ids(prompt)
-        decoder = Decoder(functools.partial(next_token_logits, model), functools.partial(init_cache, model, 1))
-        replicated = jax.tree.map(lambda x: x.addressable_data(0), parameters)
-        sampling = SamplingConfig(seed=self._config.seed)
-        tokens = decoder.tokens(replicated, first, sampling)
-        tokens = itertools.takewhile(
-            lambda token: token != tokenizer.end_of_text, itertools.islice(tokens, self._config.sample_tokens)
-        )
-        return itertools.chain([prompt], tokenizer.stream(tokens))
+        text = Text(first, len(first), self._config.sample_tokens)
+        local = jax.jit(decoding_parameters)(jax.tree.map(lambda x: x.addressable_data(0), parameters))
+        settings = GenerationConfig(seed=self._config.seed)
+        steps = gpt_decoder(model).decode(local, [text], settings, [tokenizer.separator])
+        yield prompt
+        for (piece,) in write(steps, [text], [Writer(tokenizer)]):
+            yield piece
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if prompt:
@@ -87,4 +86,4 @@ class LanguageModelling:
             except ValueError as error:
                 raise ValueError(f"sample-prompt: {error}; give another, or --sample-prompt None") from error
         several = self._text.train.documents > 1
-        return [self._text.tokenizer.end_of_text] if several else self._text.held_out.read(0, 1).tolist()
+        return [self._text.tokenizer.separator] if several else self._text.held_out.read(0, 1).tolist()

@@ -1,0 +1,140 @@
+"""The same checkpoint in PyTorch: logits, gradients and AdamW steps of `transformers` beside ours."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxgpt.config import GPTConfig, OptimizerConfig
+from jaxgpt.models.gpt import GPT, Parameters, output_head
+from jaxgpt.models.losses import cross_entropy, unembed
+from jaxgpt.storage.weights import export_tensors
+from jaxgpt.training.optimizer import make_optimizer
+
+STEPS = 3
+# Epsilon large beside rounding: Adam divides by the gradient's size, and where that is noise the sign of it is too.
+SETTINGS = OptimizerConfig(
+    learning_rate=1e-4, schedule="constant", warmup_steps=0, weight_decay=0.1, clip_norm=1.0, epsilon=1e-6
+)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How far ours is from PyTorch's."""
+
+    logits: float
+    """the largest difference"""
+    gradient: float
+    """norm of the difference over the norm, of the tensor where that is greatest"""
+    tensor: str
+    """that tensor, as transformers calls it"""
+    logits_after_steps: float
+    """the largest difference after STEPS AdamW steps on both sides"""
+    largest_logit: float
+    """what the differences of logits can be held against"""
+
+
+def require_torch() -> None:
+    """Raise `ValueError` unless torch and transformers are installed."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--reference hf needs torch and transformers: pip install torch transformers") from error
+
+
+def load_torch(folder: Path, dtype: str = "float32") -> Any:
+    """The model of an exported folder in transformers, deterministic (dropout off), with attention as it defines it."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
+    )
+    return model.eval()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    hidden, _ = GPT(config).apply({"params": parameters}, tokens)
+    return unembed(hidden, output_head(parameters))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "B T"]) -> Parameters:
+    """Of the mean negative log-likelihood of all tokens but the first."""
+
+    def mean_loss(parameters: Parameters) -> Float[Array, ""]:
+        logits = _logits(config, parameters, tokens)[:, :-1]
+        total, weight = cross_entropy(logits, tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, logits.dtype))
+        return total / weight
+
+    return jax.grad(mean_loss)(parameters)
+
+
+def compare(config: GPTConfig, parameters: Parameters, theirs: Any, tokens: Int[np.ndarray, "B T"]) -> Differences:
+    """Run both on the same tokens. `theirs` (see `load_torch`) is trained on the way, and so changed."""
+    import torch
+
+    inputs = torch.from_numpy(np.asarray(tokens, np.int64))
+
+    def apart(parameters: Parameters) -> tuple[float, float]:
+        with torch.no_grad():
+            expected = theirs(inputs).logits.double().numpy()
+        ours = np.asarray(_logits(config, parameters, jnp.asarray(tokens)), np.float64)
+        return float(np.abs(ours - expected).max()), float(np.abs(expected).max())
+
+    logits, largest = apart(parameters)
+    named = {name: parameter for name, parameter in theirs.named_parameters()}
+    ours = set(export_tensors(config, _by_path(parameters), zero_biases=False))
+    for name, parameter in named.items():  # biases that our model does not have stay zero in theirs
+        parameter.requires_grad_(name in ours)
+    trained = [named[name] for name in sorted(ours)]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": SETTINGS.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    torch_optimizer = torch.optim.AdamW(
+        groups, lr=SETTINGS.learning_rate, betas=(SETTINGS.beta1, SETTINGS.beta2), eps=SETTINGS.epsilon
+    )
+    optimizer = make_optimizer(SETTINGS, steps=STEPS)
+    state, worst, tensor = optimizer.init(parameters), 0.0, ""
+    for step in range(1, STEPS + 1):
+        torch_optimizer.zero_grad()
+        theirs(inputs, labels=inputs).loss.backward()
+        gradients = _gradients(config, parameters, jnp.asarray(tokens))
+        if step == 1:
+            worst, tensor = _worst(export_tensors(config, _by_path(gradients), zero_biases=False), named)
+        torch.nn.utils.clip_grad_norm_(trained, SETTINGS.clip_norm or 0.0)
+        torch_optimizer.step()
+        updates, state = optimizer.update(gradients, state, parameters, position=jnp.float32(step))
+        parameters = optax.apply_updates(parameters, updates)
+    return Differences(logits, worst, tensor, apart(parameters)[0], largest)
+
+
+def _worst(gradients: Mapping[str, np.ndarray], named: Mapping[str, Any]) -> tuple[float, str]:
+    """The greatest norm-relative difference of a gradient, and of which tensor."""
+    relative = {}
+    for name, ours in gradients.items():
+        expected = named[name].grad.double().numpy()
+        relative[name] = float(np.linalg.norm(np.asarray(ours, np.float64) - expected)) / max(
+            float(np.linalg.norm(expected)), 1e-9
+        )
+    name = max(relative, key=relative.__getitem__)
+    return relative[name], name
+
+
+def _by_path(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}

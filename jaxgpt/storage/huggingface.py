@@ -1,0 +1,166 @@
+"""GPT-2 and the first GPT as `transformers` describes them: config fields and tensor names, both ways. No arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxgpt.config import GPTConfig, require
+
+# Their spellings of an activation -> ours. In the first GPT "gelu" means the tanh form.
+GPT2_ACTIVATIONS = {name: name for name in ("relu", "silu", "gelu", "tanh", "gelu_new")}
+GPT2_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
+FIRST_ACTIVATIONS = {"gelu": "gelu_new", "gelu_new": "gelu_new", "relu": "relu", "silu": "silu", "swish": "silu"}
+
+# Our leaf -> transformers' name. Kernels lie (in, out) in both, so nothing is transposed.
+BLOCK_NAMES = {
+    "attention_norm/scale": "ln_1.weight",
+    "attention_norm/bias": "ln_1.bias",
+    "attention/qkv/kernel": "attn.c_attn.weight",
+    "attention/qkv/bias": "attn.c_attn.bias",
+    "attention/out/kernel": "attn.c_proj.weight",
+    "attention/out/bias": "attn.c_proj.bias",
+    "mlp_norm/scale": "ln_2.weight",
+    "mlp_norm/bias": "ln_2.bias",
+    "mlp/up/kernel": "mlp.c_fc.weight",
+    "mlp/up/bias": "mlp.c_fc.bias",
+    "mlp/down/kernel": "mlp.c_proj.weight",
+    "mlp/down/bias": "mlp.c_proj.bias",
+}
+HEAD = "lm_head.weight"
+# What transformers assumes where config.json does not say; their names of the fields.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
+    "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
+    "add_cross_attention": False, "tie_word_embeddings": True,
+}  # fmt: skip
+FIRST_DEFAULTS = DEFAULTS | {"vocab_size": 40478, "n_positions": 512}
+
+
+def config_from_hf(values: dict[str, Any], where: str) -> GPTConfig:
+    """Read the fields of a config.json.
+
+    `reorder_and_upcast_attn` asks for attention scores in float32, which ours are at least. `summary_*` and the like
+    describe heads for other tasks, and token ids are the tokenizer's and the generation config's business.
+
+    Args:
+        values: what config.json holds.
+        where: its path, for messages.
+
+    Raises:
+        ValueError: another architecture, or a field with a value that is not here; named.
+    """
+    kind = values.get("model_type")
+    require(
+        kind in ("gpt2", "openai-gpt"),
+        f"{where} describes a model of type {kind!r}; there are gpt2 and openai-gpt",
+    )
+    first = kind == "openai-gpt"
+    fields = (FIRST_DEFAULTS if first else DEFAULTS) | {"n_positions": values.get("n_ctx", 512 if first else 1024)}
+    fields |= values
+    for name, default in DEFAULTS.items():
+        kinds = (int, type(None)) if name == "n_inner" else (float, int) if isinstance(default, float) else type(default)
+        fits = isinstance(fields[name], kinds) and (isinstance(default, bool) or not isinstance(fields[name], bool))
+        require(fits, f"{where}: {name} is {fields[name]!r}, which is not of the type it should have")
+    require(not fields["add_cross_attention"], f"{where}: add_cross_attention is true; a GPT here has no cross-attention")
+    name, known = ("afn", FIRST_ACTIVATIONS) if first else ("activation_function", GPT2_ACTIVATIONS)
+    activation = fields.get(name, "gelu" if first else "gelu_new")
+    require(activation in known, f"{where}: {name} is {activation!r}; there are {', '.join(known)}")
+    dropout = float(fields["resid_pdrop"])
+    own = {key: None if fields[key] == dropout else float(fields[key]) for key in ("embd_pdrop", "attn_pdrop")}
+    described = fields.get("jaxgpt", {})
+    require(isinstance(described, dict), f"{where}: jaxgpt is {described!r}; it must be an object with keys")
+    if first:
+        fields |= {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    try:
+        return GPTConfig(
+            vocab_size=fields["vocab_size"],
+            context=fields["n_positions"],
+            layers=fields["n_layer"],
+            heads=fields["n_head"],
+            width=fields["n_embd"],
+            hidden=fields["n_inner"],
+            dropout=dropout,
+            embedding_dropout=own["embd_pdrop"],
+            attention_dropout=own["attn_pdrop"],
+            bias=bool(described.get("bias", True)),
+            tied_head=fields["tie_word_embeddings"],
+            activation=known[activation],  # type: ignore[arg-type]
+            norm="post" if first else "pre",
+            scale_attention=fields["scale_attn_weights"],
+            scale_attention_by_layer=fields["scale_attn_by_inverse_layer_idx"],
+            norm_epsilon=float(fields["layer_norm_epsilon"]),
+            init_std=float(fields["initializer_range"]),
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def config_to_hf(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
+    """The config.json of a model, for `transformers`.
+
+    Raises:
+        ValueError: a setting that the format cannot express; named.
+    """
+    first = config.norm == "post"
+    _refuse(config.positions != "learned", "model.positions", config.positions)
+    if first:
+        _refuse(config.hidden_width != 4 * config.width, "model.hidden", config.hidden, "with model.norm post")
+        _refuse(not config.tied_head, "model.tied-head", False, "with model.norm post")
+        _refuse(not config.scale_attention, "model.scale-attention", False, "with model.norm post")
+        _refuse(config.scale_attention_by_layer, "model.scale-attention-by-layer", True, "with model.norm post")
+        known = {ours: theirs for theirs, ours in reversed(FIRST_ACTIVATIONS.items())}
+        _refuse(config.activation not in known, "model.activation", config.activation, "with model.norm post")
+        own = {"afn": known.get(config.activation)}
+    else:
+        own = {
+            "activation_function": config.activation,
+            "n_inner": config.hidden,
+            "scale_attn_weights": config.scale_attention,
+            "scale_attn_by_inverse_layer_idx": config.scale_attention_by_layer,
+            "reorder_and_upcast_attn": False,
+            "add_cross_attention": False,
+            "use_cache": True,
+        }
+    values = {
+        "model_type": "openai-gpt" if first else "gpt2",
+        "architectures": ["OpenAIGPTLMHeadModel" if first else "GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context,
+        "n_embd": config.width,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout if config.embedding_dropout is None else config.embedding_dropout,
+        "attn_pdrop": config.dropout if config.attention_dropout is None else config.attention_dropout,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tied_head,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": config.parameter_dtype,
+    }
+    return values | own | ({} if config.bias else {"jaxgpt": {"bias": False}})
+
+
+def _refuse(cannot: bool, name: str, value: object, why: str = "") -> None:
+    require(not cannot, f"{name} is {value}{' ' * bool(why)}{why}, which the format of transformers cannot express")
+
+
+def tensor_names(config: GPTConfig) -> dict[str, str | tuple[str, ...]]:
+    """Our leaves and their names in transformers, without the `transformer.` prefix that files may have.
+
+    A leaf of the stacked blocks has a name for each layer.
+    """
+    post = config.norm == "post"
+    names: dict[str, str | tuple[str, ...]] = {
+        "token_embedding/embedding": "tokens_embed.weight" if post else "wte.weight",
+        "position_embedding/embedding": "positions_embed.weight" if post else "wpe.weight",
+    }
+    for leaf, name in BLOCK_NAMES.items():
+        names[f"blocks/{leaf}"] = tuple(f"h.{layer}.{name}" for layer in range(config.layers))
+    if not post:
+        names |= {"final_norm/scale": "ln_f.weight", "final_norm/bias": "ln_f.bias"}
+    if not config.bias:
+        names = {leaf: name for leaf, name in names.items() if not leaf.endswith("/bias")}
+    return names if config.tied_head else names | {"head": HEAD}
