@@ -72,15 +72,19 @@ def _logits(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "B T"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "B T"]) -> Parameters:
-    """Of the mean negative log-likelihood of all tokens but the first."""
+def _step(
+    config: GPTConfig, parameters: Parameters, state: Any, tokens: Int[Array, "B T"], step: Float[Array, ""]
+) -> tuple[Parameters, Parameters, Any]:
+    """Gradients of the mean negative log-likelihood of all tokens but the first; parameters and state after a step."""
 
     def mean_loss(parameters: Parameters) -> Float[Array, ""]:
         logits = _logits(config, parameters, tokens)[:, :-1]
         total, weight = cross_entropy(logits, tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, logits.dtype))
         return total / weight
 
-    return jax.grad(mean_loss)(parameters)
+    gradients = jax.grad(mean_loss)(parameters)
+    updates, state = make_optimizer(SETTINGS, steps=STEPS).update(gradients, state, parameters, position=step)
+    return gradients, optax.apply_updates(parameters, updates), state
 
 
 def compare(config: GPTConfig, parameters: Parameters, theirs: Any, tokens: Int[np.ndarray, "B T"]) -> Differences:
@@ -108,18 +112,16 @@ def compare(config: GPTConfig, parameters: Parameters, theirs: Any, tokens: Int[
     torch_optimizer = torch.optim.AdamW(
         groups, lr=SETTINGS.learning_rate, betas=(SETTINGS.beta1, SETTINGS.beta2), eps=SETTINGS.epsilon
     )
-    optimizer = make_optimizer(SETTINGS, steps=STEPS)
-    state, worst, tensor = optimizer.init(parameters), 0.0, ""
+    state = jax.jit(make_optimizer(SETTINGS, steps=STEPS).init)(parameters)
+    worst, tensor = 0.0, ""
     for step in range(1, STEPS + 1):
         torch_optimizer.zero_grad()
         theirs(inputs, labels=inputs).loss.backward()
-        gradients = _gradients(config, parameters, jnp.asarray(tokens))
+        gradients, parameters, state = _step(config, parameters, state, jnp.asarray(tokens), jnp.float32(step))
         if step == 1:
             worst, tensor = _worst(export_tensors(config, _by_path(gradients), zero_biases=False), named)
         torch.nn.utils.clip_grad_norm_(trained, SETTINGS.clip_norm or 0.0)
         torch_optimizer.step()
-        updates, state = optimizer.update(gradients, state, parameters, position=jnp.float32(step))
-        parameters = optax.apply_updates(parameters, updates)
     return Differences(logits, worst, tensor, apart(parameters)[0], largest)
 
 

@@ -95,13 +95,13 @@ def difference(one: Float[Array, ...], other: Float[Array, ...]) -> float:
 
 def _weights(model: LanguageModel) -> Iterator[Check]:
     wrong = sum(int(jnp.sum(~jnp.isfinite(leaf))) for leaf in jax.tree.leaves(model.parameters))
-    yield Check("weights that are not finite", wrong, 0)
+    yield Check("weights that are not finite", float(wrong), 0.0)
     if model.config.tied_head:
         embedding = model.parameters["token_embedding"]["embedding"]
         same = jnp.array_equal(output_head(model.parameters), embedding)
-        yield Check("tied head that is not the token embedding", float(not same), 0)
+        yield Check("tied head that is not the token embedding", float(not same), 0.0)
     size = model.config.vocab_size or 0
-    yield Check("token ids beyond the embedding", max(0, model.tokenizer.vocab_size - size), 0)
+    yield Check("token ids beyond the embedding", float(max(0, model.tokenizer.vocab_size - size)), 0.0)
 
 
 def _decoding(model: LanguageModel, seed: int) -> Iterator[Check]:
@@ -114,7 +114,7 @@ def _decoding(model: LanguageModel, seed: int) -> Iterator[Check]:
     changed = tokens.copy()
     changed[:, -1] = (changed[:, -1] + 1) % (config.vocab_size or 1)
     moved = logits(config, model.parameters, changed)[:, :-1] - whole[:, :-1]
-    yield Check("causality: a later token changes earlier ones", float(jnp.max(jnp.abs(moved), initial=0.0)), 0)
+    yield Check("causality: a later token changes earlier ones", float(jnp.max(jnp.abs(moved), initial=0.0)), 0.0)
 
     begin = max(1, length // 2)
     read: Callable[..., tuple[Array, KVCache]] = jax.jit(functools.partial(prefill, config), static_argnums=3)
@@ -141,7 +141,7 @@ def _round_trip(model: LanguageModel, folder: Path) -> Check:
     ours, theirs = jax.tree.flatten_with_path(model.parameters)[0], jax.tree.flatten_with_path(again.parameters)[0]
     same_paths = [path for path, _ in ours] == [path for path, _ in theirs]
     if not same_paths:
-        return Check("export, loaded again: leaves that differ", len(ours), 0)
+        return Check("export, loaded again: leaves that differ", float(len(ours)), 0.0)
     differ = sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for (_, a), (_, b) in zip(ours, theirs, strict=True))
     differ += model.config.norm != again.config.norm or model.config.activation != again.config.activation
-    return Check("export, loaded again: leaves that differ", differ, 0)
+    return Check("export, loaded again: leaves that differ", float(differ), 0.0)

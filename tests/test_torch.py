@@ -91,6 +91,8 @@ def test_logits_gradients_and_steps_are_equal(folder):
 def test_generated_tokens_are_equal(folder, in_float64, beams):
     """In float64 on both sides; prompts of several lengths, whose batch here is one by one there."""
     ours, theirs = api.load(folder, dtype="float64"), reference.load_torch(folder, "float64")
+    for block in theirs.transformer.h:
+        block.attn.reorder_and_upcast_attn = False  # which in PyTorch means float32, not more
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, length).tolist() for length in (1, 4, 11)]
     settings = GenerationConfig(max_new_tokens=12, beams=beams, **({} if beams > 1 else {"temperature": 0.0}))
@@ -188,4 +190,4 @@ def test_the_tokenizer_is_gpt2s(shared_data):
     expected = theirs(texts, split_special_tokens=True, add_special_tokens=False).input_ids
     for text, ids, own in zip(texts, expected, ours.encode_batch(texts), strict=True):
         assert own.tolist() == ids, repr(text[:80])
-        assert ours.decode(own) == text
+        assert ours.decode(ids) == text

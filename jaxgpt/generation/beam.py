@@ -141,4 +141,5 @@ def _best(
     """Of all continuations of each prompt's beams, the `count` of the greatest sum, and which (beam * V + token)."""
     logprobs = process_logits(jax.nn.log_softmax(logits, axis=-1), rule, seen, counts, too_early)
     totals = (logprobs + scores[:, None].astype(logprobs.dtype)).reshape(-1, beams * logits.shape[-1])
-    return jax.lax.top_k(totals, count)
+    best, places = jax.lax.top_k(totals, count)
+    return best, places
