@@ -116,7 +116,9 @@ class LanguageModel:
             pieces = [text + piece for text, piece in zip(pieces, gained, strict=True)]
         return [
             Generated(self._spelled(prompt), piece, tuple(text.new), tuple(text.logprobs), text.finish or "length")
-            for prompt, text, piece in zip((p for p in prompts for _ in range(settings.samples)), texts, pieces, strict=True)
+            for prompt, text, piece in zip(
+                (p for p in prompts for _ in range(settings.samples)), texts, pieces, strict=True
+            )
         ]
 
     def stream(self, prompt: Prompt, settings: GenerationConfig | None = None, **changes: object) -> Iterator[str]:
@@ -205,9 +207,8 @@ def load(
         dtype: of a published model: what its parameters are stored and computed in, whatever they are in the file.
 
     Raises:
-        FileNotFoundError: no such folder or name, or a file of it is missing.
+        FileNotFoundError: no such folder or name, a file of it is missing, or the hub cannot be reached.
         ValueError: a damaged file, an architecture that is not here, or a setting it cannot express, named.
-        OSError: the hub cannot be reached.
     """
     use_compilation_cache()
     folder = find_model(os.fspath(path), revision)

@@ -342,7 +342,7 @@ class GenerationConfig:
         if self.beams > 1:
             sampling = ("temperature", "top_k", "top_p", "min_p", "lookup")
             changed = [name for name in sampling if getattr(self, name) != getattr(GenerationConfig, name)]
-            require(not changed, f"{(changed or ['']) [0].replace('_', '-')} has no meaning with beams {self.beams}")
+            require(not changed, f"{(changed or [''])[0].replace('_', '-')} has no meaning with beams {self.beams}")
             require(self.samples <= self.beams, f"samples is {self.samples}, more than beams {self.beams}")
             require(self.truncate == "never", "truncate left has no meaning with beams")
 

@@ -142,6 +142,8 @@ def _round_trip(model: LanguageModel, folder: Path) -> Check:
     same_paths = [path for path, _ in ours] == [path for path, _ in theirs]
     if not same_paths:
         return Check("export, loaded again: leaves that differ", float(len(ours)), 0.0)
-    differ = sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for (_, a), (_, b) in zip(ours, theirs, strict=True))
+    differ = sum(
+        np.asarray(a).tobytes() != np.asarray(b).tobytes() for (_, a), (_, b) in zip(ours, theirs, strict=True)
+    )
     differ += model.config.norm != again.config.norm or model.config.activation != again.config.activation
     return Check("export, loaded again: leaves that differ", float(differ), 0.0)

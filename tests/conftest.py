@@ -8,6 +8,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 # run with everything on.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
+# The hub's library reads this when it is imported; no test may ask the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from jaxtyping import install_import_hook
 
 # Before anything imports jaxgpt: the hook rewrites functions as their modules are loaded.

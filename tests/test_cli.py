@@ -154,7 +154,11 @@ def test_train_then_generate(capsys, tmp_path, monkeypatch):
     common = ["generate", "--model", "run", "--max-new-tokens", "4", "--seed", "3"]
     assert main([*common, "--prompt", "ab", "c", "--json"]) == 0
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert [set(first), first["prompt"], second["prompt"]] == [{"prompt", "text", "tokens", "logprobs", "finish_reason"}, "ab", "c"]
+    assert [set(first), first["prompt"], second["prompt"]] == [
+        {"prompt", "text", "tokens", "logprobs", "finish_reason"},
+        "ab",
+        "c",
+    ]
     assert first["finish_reason"] in ("stop", "length") and all(isinstance(token, int) for token in first["tokens"])
     assert main([*common, "--prompt", "ab"]) == 0
     assert capsys.readouterr().out == "ab" + first["text"] + "\n"

@@ -7,10 +7,10 @@ import pytest
 
 from jaxgpt.config import (
     DataConfig,
+    GenerationConfig,
     GPTConfig,
     OptimizerConfig,
     ParallelConfig,
-    GenerationConfig,
     TrainConfig,
     flatten,
     from_dict,
@@ -93,7 +93,13 @@ def test_json_that_is_no_object_is_refused(values):
 @pytest.mark.parametrize(
     ("key", "value"),
     [(f"model.{name}", 0) for name in ("context", "layers", "heads", "width", "vocab-size", "hidden", "unroll")]
-    + [("model.heads", 5), ("model.dropout", 1.0), ("model.dropout", -0.1), ("model.attention-dropout", 1.0), ("model.norm-epsilon", 0.0)]
+    + [
+        ("model.heads", 5),
+        ("model.dropout", 1.0),
+        ("model.dropout", -0.1),
+        ("model.attention-dropout", 1.0),
+        ("model.norm-epsilon", 0.0),
+    ]
     + [("model.init-std", 0.0), ("model.init-std", float("nan"))]
     + [("data.batch-size", 0), ("data.held-out", 0.0), ("data.held-out", 1.0), ("data.vocab-size", 256)]
     + [("data.sequence-length", 0), ("data.sequence-length", 1025)]
@@ -119,7 +125,14 @@ def test_sinusoids_need_an_even_width():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1)]
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+    ]
     + [("max_new_tokens", 0), ("min_new_tokens", -1), ("samples", 0), ("beams", 0), ("lookup", -1), ("seed", -1)]
     + [("repetition_penalty", 0.0), ("no_repeat_ngram", 0), ("stop", ("a", ""))],
 )

@@ -1,110 +1,141 @@
-"""Decoding: the cache changes nothing, a seed is a text, the window slides when the context is full."""
+"""Decoding: cache, batch, guesses and lengths change nothing; a seed is a text; the window slides when it is full."""
 
-import functools
-import itertools
+import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import GPTConfig, SamplingConfig
-from jaxgpt.generation.decode import Decoder
-from jaxgpt.models.gpt import GPT, init_cache, init_parameters, next_token_logits, output_head
+from jaxgpt.config import GenerationConfig, GPTConfig
+from jaxgpt.generation.decode import Text, gpt_decoder, padded
+from jaxgpt.generation.sampling import choose_token, rules
+from jaxgpt.models.gpt import GPT, decoding_parameters, init_parameters, output_head
 from jaxgpt.models.losses import unembed
 
-CONTEXT = 8
+CONTEXT = 12
 MODEL = GPTConfig(
     vocab_size=23, context=CONTEXT, layers=2, heads=2, width=8, unroll=1, init_std=0.5,
     parameter_dtype="float64", compute_dtype="float64",
 )  # fmt: skip
-GREEDY = SamplingConfig(temperature=0.0)
+GREEDY = GenerationConfig(temperature=0.0)
+SAMPLED = GenerationConfig(temperature=1.5, seed=3)
+
+
+class Model:
+    """A GPT, its decoder, and the same from nothing: whole windows, stacked parameters, no cache."""
+
+    def __init__(self, config=MODEL, seed=0):
+        stacked = init_parameters(config, jax.random.key(seed))
+        self.parameters, self.decoder, self.context = decoding_parameters(stacked), gpt_decoder(config), config.context
+
+        @jax.jit
+        def all_logits(tokens):
+            hidden, _ = GPT(config).apply({"params": stacked}, tokens)
+            return unembed(hidden, output_head(stacked))
+
+        self._all_logits = all_logits
+
+    def logits(self, window):
+        """Of the token after `window`, recomputed."""
+        return np.array(self._all_logits(padded([window], self.context))[0, len(window) - 1])
+
+    def decode(self, prompts, limits, config=GREEDY, stop_tokens=(), samples=None):
+        """The texts of a batch, and after how many steps all had ended."""
+        samples = samples or [0] * len(prompts)
+        texts = [
+            Text(list(prompt), len(prompt), limit, sample)
+            for prompt, limit, sample in zip(prompts, limits, samples, strict=True)
+        ]
+        return texts, sum(1 for _ in self.decoder.decode(self.parameters, texts, config, stop_tokens))
+
+    def recomputed(self, prompt, limit, config, stop_tokens=(), sample=0):
+        """One text by the definition: logits of the window, the rules, one token; the full window loses a half."""
+        text, begin = Text(list(prompt), len(prompt), limit, sample), max(0, len(prompt) - self.context)
+        rule = rules(config, stop_tokens)
+        while text.finish is None:
+            if len(text.tokens) - begin > self.context:
+                begin = len(text.tokens) - max(1, self.context // 2)
+            position = np.array([len(text.tokens)], np.int32)
+            seen = padded([text.tokens], 64) if rule.need_history else None
+            token, logprob = choose_token(
+                self.logits(text.tokens[begin:])[None], rule, np.int32(config.seed), np.array([sample], np.int32),
+                position, position - len(prompt) < config.min_new_tokens, seen,
+            )  # fmt: skip
+            if int(token[0]) in stop_tokens:
+                text.finish = "stop"
+            else:
+                text.tokens.append(int(token[0]))
+                text.logprobs.append(float(logprob[0]))
+                text.finish = "length" if len(text.new) == limit else None
+        return text
 
 
 @pytest.fixture(scope="module")
 def model():
-    """Parameters, a decoder and the whole model without a cache, all in float64."""
     jax.config.update("jax_enable_x64", True)
-    parameters = init_parameters(MODEL, jax.random.key(0))
-    decoder = Decoder(functools.partial(next_token_logits, MODEL), functools.partial(init_cache, MODEL, 1))
-
-    @jax.jit
-    def all_logits(tokens):
-        hidden, _ = GPT(MODEL).apply({"params": parameters}, tokens)
-        return unembed(hidden, output_head(parameters))
-
-    def logits(window):
-        """Of the token after `window`, recomputed from nothing."""
-        padded = np.zeros((1, CONTEXT), np.int32)
-        padded[0, : len(window)] = window
-        return np.array(all_logits(padded)[0, len(window) - 1])
-
-    yield parameters, decoder, logits
+    yield Model()
     jax.config.update("jax_enable_x64", False)
 
 
-def take(model, prompt, count, sampling=GREEDY):
-    parameters, decoder, _ = model
-    return list(itertools.islice(decoder.tokens(parameters, prompt, sampling), count))
+def assert_same(ours, other):
+    assert ours.tokens == other.tokens
+    assert (ours.prompt, ours.finish) == (other.prompt, other.finish)
+    np.testing.assert_allclose(ours.logprobs, other.logprobs, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("prompt", [[5], [3, 1, 4], [2, 7, 1, 8, 2, 8, 1], [1, 2, 3, 4, 5, 6, 7, 8]])
-def test_cached_tokens_are_the_uncached_ones(model, prompt):
-    """Greedy in float64, up to the end of the context and one token beyond."""
-    seen = list(prompt)
-    for token in take(model, prompt, CONTEXT - len(prompt) + 1):
-        assert token == model[2](seen).argmax()
-        seen.append(token)
+def random_prompts(random, count, longest):
+    return [random.integers(0, 23, random.integers(1, longest + 1)).tolist() for _ in range(count)]
 
 
-@pytest.mark.parametrize("prompt", [[5], list(range(CONTEXT)), list(range(20))])
-def test_the_window_slides_to_its_newer_half(model, prompt):
-    """Far beyond the context: always what the model says of the window, which loses its older half when full."""
-    tokens = take(model, prompt, 4 * CONTEXT)
-    seen, window = list(prompt), list(prompt)[-CONTEXT:]
-    for token in tokens:
-        assert token == model[2](window).argmax()
-        seen.append(token)
-        window = seen[-CONTEXT // 2 :] if len(window) == CONTEXT else [*window, token]
-    assert len(tokens) == 4 * CONTEXT
+def test_cached_tokens_are_the_uncached_ones(model):
+    """Greedy in float64, a ragged batch, up to the end of the context and one token beyond."""
+    prompts = [[5], [3, 1, 4], [2, 7, 1, 8, 2, 8, 1], [9, 2], list(range(CONTEXT - 1)), list(range(CONTEXT))]
+    texts, _ = model.decode(prompts, [CONTEXT - len(prompt) + 1 for prompt in prompts])
+    for prompt, text in zip(prompts, texts, strict=True):
+        seen = list(prompt)
+        while len(seen) <= CONTEXT:
+            seen.append(int(model.logits(seen).argmax()))
+        assert text.tokens == seen and text.finish == "length"
 
 
-def test_after_the_slide_it_is_a_fresh_start(model):
-    tokens = [5, *take(model, [5], 3 * CONTEXT)]
-    half = tokens[CONTEXT + 1 - CONTEXT // 2 : CONTEXT + 1]
-    following = tokens[CONTEXT + 1 : CONTEXT + 1 + CONTEXT // 2]
-    assert take(model, half, CONTEXT // 2) == following
+MODES = {
+    "greedy": GREEDY,
+    "temperature": SAMPLED,
+    "top-k": dataclasses.replace(SAMPLED, top_k=4),
+    "top-p": dataclasses.replace(SAMPLED, top_p=0.8),
+    "min-p": dataclasses.replace(SAMPLED, min_p=0.1),
+    "repetition penalty": dataclasses.replace(GREEDY, repetition_penalty=1.5),
+    "no repeated n-gram": dataclasses.replace(GREEDY, no_repeat_ngram=2),
+    "combined": dataclasses.replace(
+        SAMPLED, top_k=9, top_p=0.9, min_p=0.02, repetition_penalty=1.2, no_repeat_ngram=3, min_new_tokens=2
+    ),
+    "least length": dataclasses.replace(SAMPLED, min_new_tokens=5),
+    "least length, greedy": dataclasses.replace(GREEDY, min_new_tokens=5),
+    "lookup 1": dataclasses.replace(GREEDY, lookup=1),
+    "lookup 3": dataclasses.replace(GREEDY, lookup=3),
+    "lookup 5, sampled": dataclasses.replace(SAMPLED, lookup=5, top_k=3),
+    "lookup 2, combined": dataclasses.replace(
+        SAMPLED, lookup=2, top_k=3, repetition_penalty=1.2, no_repeat_ngram=2, min_new_tokens=3
+    ),
+}
 
 
-def test_a_seed_is_a_text(model):
-    sampling = SamplingConfig(temperature=1.0, top_k=10, seed=7)
-    first = take(model, [1, 2], 20, sampling)
-    assert take(model, [1, 2], 20, sampling) == first
-    assert take(model, [1, 2], 5, sampling) == first[:5]
-    assert take(model, [1, 2], 20, SamplingConfig(temperature=1.0, top_k=10, seed=8)) != first
-    assert set(first) <= set(range(23))
-
-
-def test_one_of_the_most_likely_is_the_most_likely(model):
-    assert take(model, [1, 2], 5, SamplingConfig(temperature=3.0, top_k=1)) == take(model, [1, 2], 5)
-
-
-def test_two_texts_at_once_do_not_mix(model):
-    parameters, decoder, _ = model
-    one, other = (decoder.tokens(parameters, prompt, GREEDY) for prompt in ([1, 2], [9]))
-    mixed = [(next(one), next(other)) for _ in range(12)]
-    assert [list(tokens) for tokens in zip(*mixed, strict=True)] == [take(model, [1, 2], 12), take(model, [9], 12)]
-
-
-def test_an_empty_prompt_is_refused(model):
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        take(model, [], 1)
-
-
-def test_a_context_of_one_token_is_enough():
-    config = GPTConfig(vocab_size=5, context=1, layers=1, heads=1, width=4, unroll=1)
-    parameters = init_parameters(config, jax.random.key(0))
-    decoder = Decoder(functools.partial(next_token_logits, config), functools.partial(init_cache, config, 1))
-    tokens = list(itertools.islice(decoder.tokens(parameters, [1, 2, 3], GREEDY), 4))
-    assert len(tokens) == 4 and isinstance(tokens[0], int)
-    assert jnp.isfinite(jnp.array(tokens)).all()
+@pytest.mark.parametrize("mode", MODES)
+def test_a_text_is_the_same_alone_in_a_batch_and_recomputed(model, mode):
+    """Ragged prompts, ragged limits, stop tokens: tokens and log-probabilities, whatever is beside them."""
+    random = np.random.default_rng(list(MODES).index(mode))
+    config, ends = MODES[mode], set()
+    for stops, beyond in (((), 0), ((4, 7, 11, 15), 0), ((4, 7), 3 * CONTEXT)):
+        prompts = random_prompts(random, 8, CONTEXT - 1 + beyond // 6)
+        prompts[5], samples = prompts[4], [0, 1, 2, 0, 0, 1, 2, 0]
+        limits = [random.integers(beyond or 1, beyond + 2 + CONTEXT - min(len(p), CONTEXT)).item() for p in prompts]
+        if beyond:
+            limits = [beyond + CONTEXT] * 8
+        together, _ = model.decode(prompts, limits, config, stops, samples)
+        for row, text in enumerate(together):
+            alone, _ = model.decode([prompts[row]], [limits[row]], config, stops, [samples[row]])
+            assert_same(text, alone[0])
+            assert_same(text, model.recomputed(prompts[row], limits[row], config, stops, samples[row]))
+            assert not set(text.new) & set(stops)
+            ends.add(text.finish)
+    assert ends == {"stop", "length"}

@@ -13,7 +13,16 @@ MODULES = sorted((ROOT / "jaxgpt").rglob("*.py"))
 PARTS = [path.relative_to(ROOT) for path in MODULES]
 # A part of the package may import those of a lower number, and itself.
 RANK = {"config": 0, "environment": 0, "recipes": 1, "arguments": 1, "models": 1, "data": 1, "storage": 1}
-RANK |= {"training": 2, "generation": 2, "tasks": 3, "reference": 3, "api": 4, "pretrain": 4, "evaluate": 5, "verify": 5}
+RANK |= {
+    "training": 2,
+    "generation": 2,
+    "tasks": 3,
+    "reference": 3,
+    "api": 4,
+    "pretrain": 4,
+    "evaluate": 5,
+    "verify": 5,
+}
 RANK |= {"cli": 6, "apps": 6, "__main__": 7, "__init__": 7}
 ONLY = {"recipes": {"config"}, "arguments": {"config"}, "config": set(), "environment": set()}
 ONLY |= {"__init__": {"environment"}, "__main__": {"cli"}}

@@ -151,7 +151,7 @@ def test_what_train_writes_speaks_in_transformers(tmp_path, monkeypatch, flags):
     small = "--model.layers 2 --model.heads 2 --model.width 16 --model.context 32 --data.vocab-size 270"
     run = f"{small} {flags} --data.path text.txt --steps 20 --sample-tokens 0 --out run --quiet --parallel.strategy single"
     assert main(["train", *run.split()]) == 0
-    assert main("export --model run --out exported".split()) == 0
+    assert main(["export", "--model", "run", "--out", "exported"]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained("exported", local_files_only=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained("exported", local_files_only=True)
     ours = api.load("run")
@@ -164,8 +164,11 @@ def test_what_train_writes_speaks_in_transformers(tmp_path, monkeypatch, flags):
     assert tokenizer.decode(expected, skip_special_tokens=True) == generated.text
 
 
-def test_a_certificate_is_given_and_withheld(folder, capsys):
-    assert main(["verify", "--model", str(folder), "--reference", "hf", "--json"]) == 0
+@pytest.mark.parametrize("seed", [4, 10])
+def test_a_certificate_is_given(seed, tmp_path, capsys):
+    random_model(seed).save_pretrained(tmp_path)
+    byte_tokenizer().save(tmp_path / "tokenizer.json")
+    assert main(["verify", "--model", str(tmp_path), "--reference", "hf", "--json"]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = " ".join(result["check"] for result in results)
     assert all(word in names for word in ("cached", "batched", "padded", "export", "logits", "gradient", "AdamW"))

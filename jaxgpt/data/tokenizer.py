@@ -52,7 +52,9 @@ class Tokenizer:
         self._alphabet = None if known else frozenset(vocabulary)
         self._spell = _spell_bytes if by_bytes else str
         self._cut = _where_to_cut(description)
-        self.special_tokens: dict[str, int] = {t["content"]: t["id"] for t in description["added_tokens"] if t["special"]}
+        self.special_tokens: dict[str, int] = {
+            t["content"]: t["id"] for t in description["added_tokens"] if t["special"]
+        }
 
     @property
     def separator(self) -> int:
@@ -242,7 +244,9 @@ def _from_vocabulary(folder: Path, vocabulary: str, merges: str) -> tokenizers.T
         added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text("utf-8"))
         rust.add_special_tokens(sorted(added, key=lambda token: added[token]))
         if wrong := [token for token, number in added.items() if rust.token_to_id(token) != number]:
-            raise ValueError(f"added_tokens.json gives {wrong[0]} the id {added[wrong[0]]}, which is not the next free one")
+            raise ValueError(
+                f"added_tokens.json gives {wrong[0]} the id {added[wrong[0]]}, which is not the next free one"
+            )
     return rust
 
 

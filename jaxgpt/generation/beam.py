@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -116,10 +115,14 @@ def beam_search(
         rows = np.arange(len(beams))
         for number, search in enumerate(searches):
             if search.open:
-                best = zip(parents[number].tolist(), tokens[number].tolist(), np.asarray(totals[number]).tolist(), strict=True)
+                best = zip(
+                    parents[number].tolist(), tokens[number].tolist(), np.asarray(totals[number]).tolist(), strict=True
+                )
                 continues = search.advance(list(best), config, stop_tokens)
                 if search.open:
-                    rows[number * config.beams : (number + 1) * config.beams] = number * config.beams + np.array(continues)
+                    rows[number * config.beams : (number + 1) * config.beams] = number * config.beams + np.array(
+                        continues
+                    )
         if not any(search.open for search in searches):
             return [search.finished[: config.samples] for search in searches]
         newest = [[beam.tokens[-1]] for search in searches for beam in search.running]

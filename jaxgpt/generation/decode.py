@@ -149,7 +149,11 @@ class Decoder:
     ) -> list[list[tuple[int, float]]]:
         """The token at each of the T places of each row, were the guesses before it right, and its log-probability."""
         rule = rules(config, stop_tokens)
-        rows = [(text, ahead[:place]) for text, ahead in zip(texts, guesses, strict=True) for place in range(logits.shape[1])]
+        rows = [
+            (text, ahead[:place])
+            for text, ahead in zip(texts, guesses, strict=True)
+            for place in range(logits.shape[1])
+        ]
         positions = np.array([len(text.tokens) + len(ahead) for text, ahead in rows], np.int32)
         samples = np.array([text.sample for text, _ in rows], np.int32)
         prompts = np.array([text.prompt for text, _ in rows])
@@ -210,6 +214,4 @@ def padded(rows: Sequence[Sequence[int]], width: int) -> Int[np.ndarray, "B T"]:
 
 def gpt_decoder(config: GPTConfig) -> Decoder:
     """The decoder of a GPT; its parameters are best laid out by `models.gpt.decoding_parameters`."""
-    return Decoder(
-        functools.partial(gpt.prefill, config), functools.partial(gpt.decode_step, config), config.context
-    )
+    return Decoder(functools.partial(gpt.prefill, config), functools.partial(gpt.decode_step, config), config.context)

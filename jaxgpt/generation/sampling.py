@@ -74,9 +74,7 @@ def ban_repeated_ngrams(
     return jnp.where(banned, -jnp.inf, logits)
 
 
-def row_keys(
-    seed: int | Int[Array, ""], samples: Int[Array, " B"], positions: Int[Array, " B"]
-) -> Key[Array, " B"]:
+def row_keys(seed: int | Int[Array, ""], samples: Int[Array, " B"], positions: Int[Array, " B"]) -> Key[Array, " B"]:
     """The random key of each row from the seed, the number of the sample of its prompt, and the token's position.
 
     Not from its place in the batch: so a prompt gets the same text alone as among others.
@@ -148,9 +146,7 @@ def filter_logits(logits: Float[Array, "B V"], rules: Rules) -> Float[Array, "B 
     return logits
 
 
-def sample_token(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], greedy: bool = False
-) -> Int[Array, " B"]:
+def sample_token(logits: Float[Array, "B V"], keys: Key[Array, " B"], greedy: bool = False) -> Int[Array, " B"]:
     """Draw one token a row from softmax(logits), or take the most likely one."""
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -159,9 +159,7 @@ class KVCache:
         The caller sees to it that they fit: where they do not, they would overwrite older ones.
         """
         key, value = (_write_rows(old[layer], new, self.length) for old, new in ((self.key, key), (self.value, value)))
-        return dataclasses.replace(
-            self, key=_with(self.key, layer, key), value=_with(self.value, layer, value)
-        )
+        return dataclasses.replace(self, key=_with(self.key, layer, key), value=_with(self.value, layer, value))
 
     def take(self, rows: Int[Array, " R"]) -> KVCache:
         """Return the cache of these rows, in this order; a row may come several times."""

@@ -23,8 +23,8 @@ def find_model(name: str, revision: str | None = None) -> Path:
         revision: commit, tag or branch on the hub (default: main).
 
     Raises:
-        FileNotFoundError: no such folder here, and no such model, or revision, on the hub.
-        OSError: it is not in the cache, and the hub cannot be reached.
+        FileNotFoundError: no such folder here, and no such model, or revision, on the hub; or it is not in the cache,
+            and the hub cannot be reached.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -37,10 +37,13 @@ def find_model(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors
 
     here = f"there is no folder {name}"
+    wanted = f"{name} at {revision}" if revision else name
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=FILES))
     except errors.GatedRepoError as error:
-        raise FileNotFoundError(f"{here}, and {name} on the Hugging Face hub asks you to log in: hf auth login") from error
+        raise FileNotFoundError(
+            f"{here}, and {name} on the Hugging Face hub asks you to log in: hf auth login"
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name} on the Hugging Face hub has no revision {revision}") from error
     except errors.RepositoryNotFoundError as error:
@@ -49,9 +52,10 @@ def find_model(name: str, revision: str | None = None) -> Path:
         if (other := _other_name(name)) and (cached := _cached(other, revision)):
             return cached
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-        why = "HF_HUB_OFFLINE forbids to ask the hub" if offline else "the Hugging Face hub cannot be reached"
-        wanted = f"{name} at {revision}" if revision else name
-        raise OSError(f"{here}, {wanted} is not whole in the hub's cache on this machine, and {why}") from error
+        why = "HF_HUB_OFFLINE forbids asking it" if offline else "it cannot be reached"
+        raise FileNotFoundError(
+            f"{here}; the Hugging Face hub's {wanted} is not in its cache on this machine, and {why}"
+        ) from error
 
 
 def _other_name(name: str) -> str | None:

@@ -59,10 +59,14 @@ def config_from_hf(values: dict[str, Any], where: str) -> GPTConfig:
     fields = (FIRST_DEFAULTS if first else DEFAULTS) | {"n_positions": values.get("n_ctx", 512 if first else 1024)}
     fields |= values
     for name, default in DEFAULTS.items():
-        kinds = (int, type(None)) if name == "n_inner" else (float, int) if isinstance(default, float) else type(default)
+        kinds = (
+            (int, type(None)) if name == "n_inner" else (float, int) if isinstance(default, float) else type(default)
+        )
         fits = isinstance(fields[name], kinds) and (isinstance(default, bool) or not isinstance(fields[name], bool))
         require(fits, f"{where}: {name} is {fields[name]!r}, which is not of the type it should have")
-    require(not fields["add_cross_attention"], f"{where}: add_cross_attention is true; a GPT here has no cross-attention")
+    require(
+        not fields["add_cross_attention"], f"{where}: add_cross_attention is true; a GPT here has no cross-attention"
+    )
     name, known = ("afn", FIRST_ACTIVATIONS) if first else ("activation_function", GPT2_ACTIVATIONS)
     activation = fields.get(name, "gelu" if first else "gelu_new")
     require(activation in known, f"{where}: {name} is {activation!r}; there are {', '.join(known)}")

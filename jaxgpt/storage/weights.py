@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import zlib
@@ -27,8 +28,9 @@ PREFIX = "transformer."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 # What files hold beside parameters: causal masks that old versions stored, and heads for other tasks.
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")
-OTHER_HEADS = ("score.", "classifier.", "multiple_choice_head.", "summary.")
+NO_PARAMETER = re.compile(
+    r"(transformer\.)?(h\.\d+\.attn\.(bias|masked_bias)|position_ids)$|(score|classifier|multiple_choice_head|summary)\."
+)
 
 T = TypeVar("T")
 
@@ -68,8 +70,6 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     for path in _files(folder):
         for name, tensor in _tensors(path).items():
             own = name.removeprefix(PREFIX)
-            if BUFFERS.fullmatch(own) or own.startswith(OTHER_HEADS):
-                continue
             if own in tensors:
                 raise ValueError(f"{tensors[own].path} and {path} both have the tensor {own}")
             tensors[own] = tensor
@@ -110,7 +110,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(size))
         described = header.pop("__metadata__", {})
         checksums = json.loads(described.get("crc32", "{}"))
-        return {name: Tensor(path, name, entry, 8 + size, checksums.get(name)) for name, entry in header.items()}
+        return {
+            name: Tensor(path, name, entry, 8 + size, checksums.get(name))
+            for name, entry in header.items()
+            if not NO_PARAMETER.match(name)
+        }
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
@@ -203,13 +207,21 @@ def _check_nothing_is_left(tensors: Mapping[str, Tensor], config: GPTConfig) -> 
 def _read(
     tensors: Mapping[str, Tensor], names: str | tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
-    leaf = np.empty(shape, dtype)
+    leaf = _aligned(shape, dtype)
     if isinstance(names, str):
         leaf[...] = tensors[names].read()
     else:
         for layer, name in zip(leaf, names, strict=True):
             layer[...] = tensors[name].read()
     return leaf
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that begins where a processor's vectors may: JAX takes it over as it is, instead of copying it."""
+    size, alignment = math.prod(shape) * dtype.itemsize, 64
+    memory = np.empty(size + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def export_tensors(
