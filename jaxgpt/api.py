@@ -146,9 +146,10 @@ class LanguageModel:
             for beam in beams:
                 ended = beam.tokens[-1] in stops
                 tokens = beam.tokens[:-1] if ended else beam.tokens
-                text, finish = self.tokenizer.decode(tokens), "stop" if ended else "length"
-                logprobs = beam.logprobs[: len(tokens)]
-                generated.append(Generated(self._spelled(prompt), text, tokens, logprobs, finish))
+                text, logprobs = self.tokenizer.decode(tokens), beam.logprobs[: len(tokens)]
+                generated.append(
+                    Generated(self._spelled(prompt), text, tokens, logprobs, "stop" if ended else "length")
+                )
         return generated
 
     def _spelled(self, prompt: Prompt) -> str:

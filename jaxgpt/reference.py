@@ -100,7 +100,7 @@ def compare(config: GPTConfig, parameters: Parameters, theirs: Any, tokens: Int[
         return float(np.abs(ours - expected).max()), float(np.abs(expected).max())
 
     logits, largest = apart(parameters)
-    named = {name: parameter for name, parameter in theirs.named_parameters()}
+    named = dict(theirs.named_parameters())
     ours = set(export_tensors(config, _by_path(parameters), zero_biases=False))
     for name, parameter in named.items():  # biases that our model does not have stay zero in theirs
         parameter.requires_grad_(name in ours)

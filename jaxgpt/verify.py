@@ -89,8 +89,8 @@ def logits(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "B T"])
 
 def difference(one: Float[Array, ...], other: Float[Array, ...]) -> float:
     """The largest difference, relative to the largest value of `other` where that is above 1."""
-    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    return float(np.max(np.abs(one - other)) / max(1.0, np.max(np.abs(other))))
+    a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    return float(np.max(np.abs(a - b)) / max(1.0, np.max(np.abs(b))))
 
 
 def _weights(model: LanguageModel) -> Iterator[Check]:

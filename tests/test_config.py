@@ -132,9 +132,16 @@ def test_sinusoids_need_an_even_width():
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", -0.1),
-    ]
-    + [("max_new_tokens", 0), ("min_new_tokens", -1), ("samples", 0), ("beams", 0), ("lookup", -1), ("seed", -1)]
-    + [("repetition_penalty", 0.0), ("no_repeat_ngram", 0), ("stop", ("a", ""))],
+        ("max_new_tokens", 0),
+        ("min_new_tokens", -1),
+        ("samples", 0),
+        ("beams", 0),
+        ("lookup", -1),
+        ("seed", -1),
+        ("repetition_penalty", 0.0),
+        ("no_repeat_ngram", 0),
+        ("stop", ("a", "")),
+    ],
 )
 def test_bad_generation_settings_are_refused(key, value):
     shown = "an empty string" if key == "stop" else value

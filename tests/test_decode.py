@@ -12,7 +12,7 @@ from jaxgpt.generation.sampling import choose_token, rules
 from jaxgpt.models.gpt import GPT, decoding_parameters, init_parameters, output_head
 from jaxgpt.models.losses import unembed
 
-CONTEXT = 12
+CONTEXT = 8
 MODEL = GPTConfig(
     vocab_size=23, context=CONTEXT, layers=2, heads=2, width=8, unroll=1, init_std=0.5,
     parameter_dtype="float64", compute_dtype="float64",
@@ -56,7 +56,7 @@ class Model:
             if len(text.tokens) - begin > self.context:
                 begin = len(text.tokens) - max(1, self.context // 2)
             position = np.array([len(text.tokens)], np.int32)
-            seen = padded([text.tokens], 64) if rule.need_history else None
+            seen = padded([text.tokens], 32) if rule.need_history else None
             token, logprob = choose_token(
                 self.logits(text.tokens[begin:])[None], rule, np.int32(config.seed), np.array([sample], np.int32),
                 position, position - len(prompt) < config.min_new_tokens, seen,
@@ -125,12 +125,11 @@ def test_a_text_is_the_same_alone_in_a_batch_and_recomputed(model, mode):
     """Ragged prompts, ragged limits, stop tokens: tokens and log-probabilities, whatever is beside them."""
     random = np.random.default_rng(list(MODES).index(mode))
     config, ends = MODES[mode], set()
-    for stops, beyond in (((), 0), ((4, 7, 11, 15), 0), ((4, 7), 3 * CONTEXT)):
-        prompts = random_prompts(random, 8, CONTEXT - 1 + beyond // 6)
+    # Within the context, then beyond it; as many stop tokens in both, for what is compiled.
+    for stops, slides in (((4, 7), False), ((4, 4), True)):
+        prompts = random_prompts(random, 8, CONTEXT + 2 if slides else CONTEXT - 1)
         prompts[5], samples = prompts[4], [0, 1, 2, 0, 0, 1, 2, 0]
-        limits = [random.integers(beyond or 1, beyond + 2 + CONTEXT - min(len(p), CONTEXT)).item() for p in prompts]
-        if beyond:
-            limits = [beyond + CONTEXT] * 8
+        limits = [20 if slides else random.integers(1, CONTEXT + 1 - len(prompt)).item() for prompt in prompts]
         together, _ = model.decode(prompts, limits, config, stops, samples)
         for row, text in enumerate(together):
             alone, _ = model.decode([prompts[row]], [limits[row]], config, stops, [samples[row]])

@@ -25,7 +25,7 @@ def random_config(seed):
         attention_dropout=None if rng.random() < 0.5 else 0.125,
         bias=bool(rng.random() < 0.5),
         tied_head=first or bool(rng.random() < 0.5),
-        activation=str(rng.choice(["gelu_new", "relu", "silu"] if first else ["gelu_new", "gelu", "relu", "silu", "tanh"])),
+        activation=str(rng.choice(["gelu_new", "relu", "silu", *([] if first else ["gelu", "tanh"])])),
         norm="post" if first else "pre",
         scale_attention=first or bool(rng.random() < 0.5),
         scale_attention_by_layer=not first and bool(rng.random() < 0.5),

@@ -149,7 +149,7 @@ def test_what_train_writes_speaks_in_transformers(tmp_path, monkeypatch, flags):
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("the cat and the dog and the bird\n" * 100)
     small = "--model.layers 2 --model.heads 2 --model.width 16 --model.context 32 --data.vocab-size 270"
-    run = f"{small} {flags} --data.path text.txt --steps 20 --sample-tokens 0 --out run --quiet --parallel.strategy single"
+    run = f"{small} {flags} --data.path text.txt --steps 20 --sample-tokens 0 --out run --quiet"
     assert main(["train", *run.split()]) == 0
     assert main(["export", "--model", "run", "--out", "exported"]) == 0
     model = transformers.AutoModelForCausalLM.from_pretrained("exported", local_files_only=True).eval()

@@ -228,7 +228,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _from_vocabulary(folder: Path, vocabulary: str, merges: str) -> tokenizers.Tokenizer:
-    """GPT-2's byte-level BPE; or, where words end in "</w>", the first GPT's, which lower-cases (Radford et al. 2018)."""
+    """GPT-2's byte-level BPE; or, where words end in "</w>", the first GPT's, lower-case (Radford et al. 2018)."""
     known, pairs = models.BPE.read_file(str(folder / vocabulary), str(folder / merges))
     if any(token.endswith("</w>") for token in known):
         rust = tokenizers.Tokenizer(models.BPE(known, pairs, unk_token="<unk>", end_of_word_suffix="</w>"))

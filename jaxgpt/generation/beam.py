@@ -24,7 +24,7 @@ OUT = -1e9  # the score of what is out of the running
 
 @dataclass(frozen=True)
 class Beam:
-    """A text: its new tokens, the log-probability of each, and its score (a sum while it grows, see above at its end)."""
+    """A text: its new tokens, the log-probability of each, and its score: while it grows, their sum."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -108,7 +108,7 @@ def beam_search(
         seen = [[*search.prompt, *beam.tokens] for search, beam in beams]
         too_early = np.array([len(beam.tokens) < config.min_new_tokens for _, beam in beams])
         totals, places = _best(
-            logits[:, 0], rule, padded(seen, bucket(max(map(len, seen)))), np.array([len(row) for row in seen], np.int32),
+            logits[:, 0], rule, padded(seen, bucket(max(map(len, seen)))), np.array(list(map(len, seen)), np.int32),
             too_early, np.array([beam.score for _, beam in beams]), beams=config.beams, count=count,
         )  # fmt: skip
         parents, tokens = np.divmod(np.asarray(places), logits.shape[-1])

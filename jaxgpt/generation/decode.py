@@ -98,9 +98,8 @@ class Decoder:
     ) -> Iterator[None]:
         """Lengthen each text, each as it would be alone, and yield after every step until all have ended.
 
-        A text ends before a stop token, at its limit, or when the caller says so. When the
-        context is full, the newer half of what it holds is read anew: learned positions cannot move, so the window
-        does.
+        A text ends before a stop token, at its limit, or when the caller says so. When the context is full, the newer
+        half of what it holds is read anew: learned positions cannot move, so the window does.
 
         With `config.lookup` each step checks that many guesses besides the token it makes (prompt lookup, Saxena 2023):
         the tokens are chosen exactly as without, only several at once where guesses were right.
@@ -112,10 +111,14 @@ class Decoder:
             raise ValueError("the prompt is empty; generation needs at least one token to continue")
         begin = [max(0, len(text.tokens) - self.context) for text in texts]
         while True:
-            windows = [text.tokens[start:] for text, start in zip(texts, begin, strict=True)]
+            windows = [
+                text.tokens[start:] if text.finish is None else text.tokens[-1:]
+                for text, start in zip(texts, begin, strict=True)
+            ]
             room = max(text.limit - len(text.new) for text in texts)
             first, cache = self.prefill(parameters, windows, room, config.lookup)
-            logits, guesses = first[:, None], [[] for _ in texts]
+            logits = first[:, None]
+            guesses: list[list[int]] = [[] for _ in texts]
             while True:
                 chosen = self._choose(logits, texts, guesses, config, stop_tokens)
                 for row, text in enumerate(texts):
@@ -131,9 +134,7 @@ class Decoder:
                     for row in full:
                         begin[row] = len(texts[row].tokens) - max(1, self.context // 2)
                     break
-                guesses = [
-                    guess(text.tokens, config.lookup) if text.finish is None else [0] * config.lookup for text in texts
-                ]
+                guesses = [guess(text.tokens, config.lookup) for text in texts]
                 newest = [[text.tokens[-1], *ahead] for text, ahead in zip(texts, guesses, strict=True)]
                 known = [min(len(t.tokens) - 1 - start, self.context) for t, start in zip(texts, begin, strict=True)]
                 cache = dataclasses.replace(cache, length=jnp.array(known, jnp.int32))
@@ -185,7 +186,7 @@ def _accept(
 
 
 def guess(tokens: Sequence[int], count: int) -> list[int]:
-    """Guess `count` tokens: those that followed the last earlier place with the same newest tokens, the more the better."""
+    """Guess `count` tokens: what followed the last earlier place with the same newest tokens, the more the better."""
     if count == 0:
         return []
     array = np.array(tokens)

@@ -85,7 +85,7 @@ def row_keys(seed: int | Int[Array, ""], samples: Int[Array, " B"], positions: I
 
 @flax.struct.dataclass
 class Rules:
-    """A `GenerationConfig` as `choose_token` needs it: what is None is off, and numbers may change without compiling."""
+    """A `GenerationConfig` as `choose_token` needs it: None is off, and numbers may change without compiling."""
 
     temperature: Number | None = 1.0
     top_p: Number | None = None

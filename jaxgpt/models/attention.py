@@ -134,8 +134,8 @@ class KVCache:
 
     A pytree that goes into `apply` and comes out new. Each row has a length of its own, so that prompts of different
     lengths share a batch: what lies beyond a row's length is never looked at, and is overwritten as the row grows. A
-    layer that has seen nothing yet has no arrays (see `empty_cache`). The arrays are one pair a layer, not stacked: of a
-    stacked array XLA would copy a layer's part to read it.
+    layer that has seen nothing yet has no arrays (see `empty_cache`). The arrays are one pair a layer, not stacked: of
+    a stacked array XLA would copy a layer's part to read it.
     """
 
     key: tuple[Float[Array, "B N S H"], ...]

@@ -115,7 +115,7 @@ def config_to_hf(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
         _refuse(config.scale_attention_by_layer, "model.scale-attention-by-layer", True, "with model.norm post")
         known = {ours: theirs for theirs, ours in reversed(FIRST_ACTIVATIONS.items())}
         _refuse(config.activation not in known, "model.activation", config.activation, "with model.norm post")
-        own = {"afn": known.get(config.activation)}
+        own: dict[str, Any] = {"afn": known.get(config.activation)}
     else:
         own = {
             "activation_function": config.activation,
