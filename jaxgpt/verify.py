@@ -114,7 +114,7 @@ def _decoding(model: LanguageModel, seed: int) -> Iterator[Check]:
     changed = tokens.copy()
     changed[:, -1] = (changed[:, -1] + 1) % (config.vocab_size or 1)
     moved = logits(config, model.parameters, changed)[:, :-1] - whole[:, :-1]
-    yield Check("causality: a later token changes earlier ones", float(jnp.max(jnp.abs(moved), initial=0.0)), 0.0)
+    yield Check("causality: a later token changes earlier", float(jnp.max(jnp.abs(moved), initial=0.0)), 0.0)
 
     begin = max(1, length // 2)
     read: Callable[..., tuple[Array, KVCache]] = jax.jit(functools.partial(prefill, config), static_argnums=3)

@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 from program import ROOT, environment, write_text
+from test_api import model_with
+
+from jaxgpt import api
 
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -18,7 +21,7 @@ def blocks(language):
 
 def shortened(line):
     """The same command with this interpreter, and small where it would take minutes."""
-    line = line.replace("jaxgpt generate", f"{sys.executable} -m jaxgpt generate")
+    line = re.sub("^jaxgpt ", f"{sys.executable} -m jaxgpt ", line)
     line = re.sub(r"\bpython (train|benchmarks)", rf"{sys.executable} \1", line)
     if "train.py" in line:
         small = "" if "--resume" in line else " --model.width 24"
@@ -28,13 +31,22 @@ def shortened(line):
     return line
 
 
+def stand_in_for_gpt2(hub):
+    """A small random model where the hub's cache would have gpt2: no network here."""
+    folder = hub / "models--gpt2"
+    api.export(model_with(context=64), folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+
+
 def test_the_tour_works_as_pasted(tmp_path):
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     for name in ("benchmarks", "jaxgpt", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     text = write_text(tmp_path, 20_000).rename(tmp_path / "input.txt")
     text.write_text("ROMEO:\n" + text.read_text())  # whom the tour lets speak
-    cache = environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)}
+    stand_in_for_gpt2(tmp_path / "hub")
+    cache = environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub")}
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     assert len(lines) >= 8
     for line in lines:

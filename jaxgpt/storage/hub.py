@@ -14,6 +14,8 @@ FILES = [
 OWNERS = dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "openai-gpt"), "openai-community")
 OWNERS |= {"distilgpt2": "distilbert"}
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+REVISION = re.compile(r"\w[\w./-]*")
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
@@ -23,9 +25,12 @@ def find_model(name: str, revision: str | None = None) -> Path:
         revision: commit, tag or branch on the hub (default: main).
 
     Raises:
+        ValueError: `revision` cannot be one.
         FileNotFoundError: no such folder here, and no such model, or revision, on the hub; or it is not in the cache,
             and the hub cannot be reached.
     """
+    if not name or "\0" in name:  # Path("") is the current folder
+        raise FileNotFoundError(f"there is no folder {name!r}")
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -33,6 +38,13 @@ def find_model(name: str, revision: str | None = None) -> Path:
         raise NotADirectoryError(f"{name} is a file; a model is a folder")
     if not NAME.fullmatch(name) or ".." in name:
         raise FileNotFoundError(f"there is no folder {name}")
+    if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
+        raise ValueError(f"{revision!r} is no commit, tag or branch")
+    # A commit never changes; and without a network the library asks half a minute long for one.
+    if revision and COMMIT.fullmatch(revision):
+        for known in (name, _other_name(name)):
+            if known and (cached := _cached(known, revision)) and _has_weights(cached):
+                return cached
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -48,7 +60,9 @@ def find_model(name: str, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"{name} on the Hugging Face hub has no revision {revision}") from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{here}, and no model of that name on the Hugging Face hub") from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(f"{here}, and the Hugging Face hub has no such names: {error}") from error
+    except Exception as error:  # those of its HTTP library, too, which are no OSErrors
         if (other := _other_name(name)) and (cached := _cached(other, revision)):
             return cached
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
@@ -56,6 +70,11 @@ def find_model(name: str, revision: str | None = None) -> Path:
         raise FileNotFoundError(
             f"{here}; the Hugging Face hub's {wanted} is not in its cache on this machine, and {why}"
         ) from error
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether it has: whoever asked for a tokenizer alone has a snapshot without."""
+    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def _other_name(name: str) -> str | None:
@@ -73,5 +92,5 @@ def _cached(name: str, revision: str | None) -> Path | None:
         return Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=FILES, local_files_only=True)
         )
-    except (errors.LocalEntryNotFoundError, OSError):
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError):
         return None

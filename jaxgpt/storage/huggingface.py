@@ -34,6 +34,9 @@ DEFAULTS: dict[str, Any] = {
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
     "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
+# Other names that transformers reads, or once wrote, for the same fields.
+ALIASES = {"n_ctx": "n_positions", "max_position_embeddings": "n_positions", "hidden_size": "n_embd"}
+ALIASES |= {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 FIRST_DEFAULTS = DEFAULTS | {"vocab_size": 40478, "n_positions": 512}
 
 
@@ -56,24 +59,27 @@ def config_from_hf(values: dict[str, Any], where: str) -> GPTConfig:
         f"{where} describes a model of type {kind!r}; there are gpt2 and openai-gpt",
     )
     first = kind == "openai-gpt"
-    fields = (FIRST_DEFAULTS if first else DEFAULTS) | {"n_positions": values.get("n_ctx", 512 if first else 1024)}
-    fields |= values
+    defaults = FIRST_DEFAULTS if first else DEFAULTS
+    aliased = {name: values[other] for other, name in ALIASES.items() if other in values}
+    fields = defaults | aliased | values
     for name, default in DEFAULTS.items():
-        kinds = (
-            (int, type(None)) if name == "n_inner" else (float, int) if isinstance(default, float) else type(default)
-        )
-        fits = isinstance(fields[name], kinds) and (isinstance(default, bool) or not isinstance(fields[name], bool))
-        require(fits, f"{where}: {name} is {fields[name]!r}, which is not of the type it should have")
-    require(
-        not fields["add_cross_attention"], f"{where}: add_cross_attention is true; a GPT here has no cross-attention"
-    )
+        value = fields[name]
+        number = isinstance(default, float)
+        kinds = (int, type(None)) if name == "n_inner" else (float, int) if number else type(default)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)
+        # JSON's numbers know no bounds, and Python's reader takes Infinity and NaN.
+        fits = fits and (not number or abs(value) < 1e300)
+        require(fits, f"{where}: {name} is {value!r}, which is not of the type it should have")
+    require(not fields["add_cross_attention"], f"{where}: add_cross_attention is true, and a GPT here has none")
     name, known = ("afn", FIRST_ACTIVATIONS) if first else ("activation_function", GPT2_ACTIVATIONS)
     activation = fields.get(name, "gelu" if first else "gelu_new")
-    require(activation in known, f"{where}: {name} is {activation!r}; there are {', '.join(known)}")
+    here = isinstance(activation, str) and activation in known
+    require(here, f"{where}: {name} is {activation!r}; there are {', '.join(known)}")
     dropout = float(fields["resid_pdrop"])
     own = {key: None if fields[key] == dropout else float(fields[key]) for key in ("embd_pdrop", "attn_pdrop")}
     described = fields.get("jaxgpt", {})
-    require(isinstance(described, dict), f"{where}: jaxgpt is {described!r}; it must be an object with keys")
+    bias = described.get("bias", True) if isinstance(described, dict) else None
+    require(isinstance(bias, bool), f"{where}: jaxgpt is {described!r}; its bias must be true or false")
     if first:
         fields |= {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     try:
@@ -87,7 +93,7 @@ def config_from_hf(values: dict[str, Any], where: str) -> GPTConfig:
             dropout=dropout,
             embedding_dropout=own["embd_pdrop"],
             attention_dropout=own["attn_pdrop"],
-            bias=bool(described.get("bias", True)),
+            bias=bool(bias),
             tied_head=fields["tie_word_embeddings"],
             activation=known[activation],  # type: ignore[arg-type]
             norm="post" if first else "pre",
@@ -108,6 +114,7 @@ def config_to_hf(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
     """
     first = config.norm == "post"
     _refuse(config.positions != "learned", "model.positions", config.positions)
+    _refuse(config.vocab_size is None, "model.vocab-size", None)
     if first:
         _refuse(config.hidden_width != 4 * config.width, "model.hidden", config.hidden, "with model.norm post")
         _refuse(not config.tied_head, "model.tied-head", False, "with model.norm post")

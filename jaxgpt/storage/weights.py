@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import GPTConfig, require
 from jaxgpt.storage.huggingface import HEAD, tensor_names
 
 WEIGHTS = "model.safetensors"
@@ -29,7 +29,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 # What files hold beside parameters: causal masks that old versions stored, and heads for other tasks.
 NO_PARAMETER = re.compile(
-    r"(transformer\.)?(h\.\d+\.attn\.(bias|masked_bias)|position_ids)$|(score|classifier|multiple_choice_head|summary)\."
+    r"(transformer\.)?(h\.\d+\.attn\.(bias|masked_bias)|position_ids)$|(score|classifier|multiple_choice_head|qa_outputs)\."
 )
 
 T = TypeVar("T")
@@ -108,15 +108,16 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-        described = header.pop("__metadata__", {})
+        described = header.pop("__metadata__", None) or {}
         checksums = json.loads(described.get("crc32", "{}"))
-        return {
-            name: Tensor(path, name, entry, 8 + size, checksums.get(name))
-            for name, entry in header.items()
-            if not NO_PARAMETER.match(name)
-        }
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    require(isinstance(checksums, dict), f"{path} has no checksums where its header should have them")
+    return {
+        name: Tensor(path, name, entry, 8 + size, checksums.get(name))
+        for name, entry in header.items()
+        if not NO_PARAMETER.match(name)
+    }
 
 
 def _check_hub_digest(path: Path) -> None:
@@ -227,7 +228,13 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def export_tensors(
     config: GPTConfig, leaves: Mapping[str, np.ndarray], *, zero_biases: bool = True
 ) -> dict[str, np.ndarray]:
-    """Our leaves as transformers' tensors, by the names its files have; zeros for biases that the model lacks."""
+    """Our leaves as transformers' tensors, by the names its files have; zeros for biases that the model lacks.
+
+    Raises:
+        ValueError: the leaves are not those of the model.
+    """
+    wrong = sorted(leaves.keys() ^ tensor_names(config).keys())
+    require(not wrong, f"the leaves are not those of a model of this config: {', '.join(wrong)}")
     tensors: dict[str, np.ndarray] = {}
     for leaf, names in tensor_names(config).items():
         parts = (leaves[leaf],) if isinstance(names, str) else leaves[leaf]
@@ -242,13 +249,24 @@ def export_tensors(
 
 
 def write_weights(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write model.safetensors, whole or not at all, with a CRC-32 of every tensor in its metadata."""
+    """Write model.safetensors, whole or not at all, with a CRC-32 of every tensor in its metadata.
+
+    Raises:
+        OSError: it could not be written.
+    """
     checksums = {name: zlib.crc32(tensor.reshape(-1).view(np.uint8).data) for name, tensor in tensors.items()}
     temporary = folder / f".{WEIGHTS}.{os.getpid()}"
     try:
         metadata = {"format": "pt", "crc32": json.dumps(checksums)}
+        temporary.touch()
+        mode = temporary.stat().st_mode
         safetensors.numpy.save_file(dict(tensors), temporary, metadata=metadata)
+        temporary.chmod(mode)  # the library puts a file in its place that only its owner can read
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(folder / WEIGHTS)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
