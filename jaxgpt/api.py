@@ -196,7 +196,7 @@ def load(
     *,
     checkpoint: Literal["best", "last"] = "best",
     revision: str | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
 ) -> LanguageModel:
     """Load a model: a run folder, a Hugging Face folder, or a name on the Hugging Face hub.
 
@@ -205,7 +205,8 @@ def load(
             tokenizer; or a name such as gpt2, distilgpt2, openai-community/gpt2-xl, OWNER/FINE-TUNE.
         checkpoint: of a run: the one with the lowest held-out loss, or the newest.
         revision: of a name on the hub: a commit, tag or branch (default: main).
-        dtype: of a published model: what its parameters are stored and computed in, whatever they are in the file.
+        dtype: what the parameters become, and what is computed in (default: a run's own; float32 for other models,
+            whatever their files hold).
 
     Raises:
         FileNotFoundError: no such folder or name, a file of it is missing, or the hub cannot be reached.
@@ -217,11 +218,11 @@ def load(
         raise FileNotFoundError(f"{folder} is neither a run nor a model: it has no config.json")
     described = read_json(folder / "config.json")
     if "model_type" in described:
-        return _load_published(folder, described, dtype)
-    return _load_run(RunFolder(folder), checkpoint)
+        return _load_published(folder, described, dtype or "float32")
+    return _load_run(RunFolder(folder), checkpoint, dtype)
 
 
-def _load_run(run: RunFolder, checkpoint: Literal["best", "last"]) -> LanguageModel:
+def _load_run(run: RunFolder, checkpoint: Literal["best", "last"], dtype: Dtype | None) -> LanguageModel:
     config = from_dict(TrainConfig, run.describe()["config"]).model
     checkpoints = Checkpoints(run.checkpoints, read_only=True)
     step = checkpoints.latest_step if checkpoint == "last" else checkpoints.best_step
@@ -229,8 +230,11 @@ def _load_run(run: RunFolder, checkpoint: Literal["best", "last"]) -> LanguageMo
         raise FileNotFoundError(f"{run.path} has no checkpoint yet")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     trees, _ = checkpoints.restore(step, {"parameters": _shapes(config)}, device)
-    tokenizer = load_tokenizer(run.tokenizer)
-    return LanguageModel(config, trees["parameters"], tokenizer, (tokenizer.separator,))
+    parameters, tokenizer = trees["parameters"], load_tokenizer(run.tokenizer)
+    if dtype is not None:
+        config = dataclasses.replace(config, parameter_dtype=dtype, compute_dtype=dtype)
+        parameters = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
+    return LanguageModel(config, parameters, tokenizer, (tokenizer.separator,))
 
 
 def _load_published(folder: Path, values: dict[str, Any], dtype: Dtype) -> LanguageModel:

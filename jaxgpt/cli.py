@@ -60,6 +60,8 @@ class ModelOptions:
     """a name on the hub: the commit, tag or branch (default: main)"""
     checkpoint: Literal["best", "last"] = "best"
     """a run: the checkpoint with the lowest held-out loss, or the newest"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """what is computed in (default: a run's own; float32 for other models)"""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _train(arguments: list[str]) -> int:
 def _load(options: ModelOptions) -> LanguageModel:
     from jaxgpt import api
 
-    return api.load(options.model, checkpoint=options.checkpoint, revision=options.revision)
+    return api.load(options.model, checkpoint=options.checkpoint, revision=options.revision, dtype=options.dtype)
 
 
 def _generate(arguments: list[str]) -> int:

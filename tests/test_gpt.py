@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.models.gpt import GPT, init_cache, init_parameters, next_token_logits, output_head
+from jaxgpt.models.attention import empty_cache
+from jaxgpt.models.gpt import GPT, decode_step, decoding_parameters, init_parameters, output_head, prefill
 from jaxgpt.models.losses import cross_entropy, unembed
 
 TINY = GPTConfig(vocab_size=50, context=24, layers=3, heads=2, width=16, unroll=1)
@@ -41,23 +43,129 @@ def test_initial_loss_is_that_of_a_uniform_guess(size):
     assert abs(loss / math.log(size) - 1) < 0.02
 
 
+CHANGES = {
+    "default": {},
+    "no bias": {"bias": False},
+    "untied": {"tied_head": False},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "blocked": {"attention": "blocked"},
+    "post-norm": {"norm": "post"},
+    "post-norm, no bias": {"norm": "post", "bias": False},
+    "gelu": {"activation": "gelu"},
+    "relu": {"activation": "relu"},
+    "silu": {"activation": "silu"},
+    "tanh": {"activation": "tanh"},
+    "unscaled": {"scale_attention": False},
+    "by layer": {"scale_attention_by_layer": True},
+    "unscaled, by layer": {"scale_attention": False, "scale_attention_by_layer": True},
+    "hidden": {"hidden": 20},
+    "epsilon": {"norm_epsilon": 0.1},
+}
+
+
+def small(change, dtype="float64"):
+    return GPTConfig(
+        vocab_size=23, context=16, layers=2, heads=2, width=8, unroll=1, parameter_dtype=dtype, compute_dtype=dtype,
+        **CHANGES[change],
+    )  # fmt: skip
+
+
+def random_parameters(config, seed=0):
+    """Drawn by NumPy, which compiles nothing; biases and norms too are none that have no effect."""
+    random = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.array(random.normal(path[-1].key == "scale", 0.5, leaf.shape), leaf.dtype), shapes
+    )
+
+
+def test_every_option_has_an_effect(x64):
+    """So that to be equal with an option is to be equal with that option."""
+    logits = {}
+    for change in CHANGES:
+        if "bias" not in change and change not in ("untied", "sinusoidal", "blocked", "hidden"):  # other parameters
+            parameters = random_parameters(small("default"))
+            if small(change).norm == "post":
+                del parameters["final_norm"]
+            logits[change] = np.array(logits_of(small(change), parameters, random_tokens(1, 2, 10, 23)))
+    for one, other in itertools.combinations(logits, 2):
+        assert np.abs(logits[one] - logits[other]).max() > 1e-5, (one, other)
+
+
 @pytest.mark.parametrize(
-    "change", [{}, {"bias": False}, {"tied_head": False}, {"positions": "sinusoidal"}, {"attention": "blocked"}]
+    ("change", "dtype", "tolerance"),
+    [*((change, "float64", 1e-10) for change in CHANGES), ("default", "float32", 1e-4), ("untied", "float32", 1e-4)],
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
 def test_cached_decoding_equals_uncached(x64, change, dtype, tolerance):
-    config = dataclasses.replace(TINY, **change, parameter_dtype=dtype, compute_dtype=dtype)
-    parameters = init_parameters(config, jax.random.key(0))
-    tokens = random_tokens(1, 2, 20)
-    whole = logits_of(config, parameters, tokens)
-    cache, step = init_cache(config, 2), jax.jit(lambda *a: next_token_logits(config, *a))
-    position = 0
-    for size, count in [(8, 5), (1, 1), (1, 1), (4, 3), (1, 1)]:  # padded prefills and single tokens
-        chunk = jnp.zeros((2, size), tokens.dtype).at[:, :count].set(tokens[:, position : position + count])
-        logits, cache = step(parameters, chunk, jnp.int32(count), cache)
-        position += count
-        np.testing.assert_allclose(logits, whole[:, position - 1], atol=tolerance)
-    assert int(cache.length) == position
+    """Ragged prompts, padded with tokens that must not matter; then steps of one token and of several."""
+    config = small(change, dtype)
+    parameters = random_parameters(config)
+    tokens, lengths = np.array(random_tokens(1, 4, 16, 23)), np.array([5, 1, 8, 3], np.int32)
+    whole = np.array(logits_of(config, parameters, tokens))
+    parameters = decoding_parameters(parameters)
+    step = jax.jit(decode_step, static_argnums=0)
+    rows = np.arange(4)
+
+    # Behind each prompt stands another text, which ends up in the cache behind it.
+    padded = np.where(np.arange(8) < lengths[:, None], tokens[:, :8], tokens[:, 8:])
+    logits, cache = jax.jit(prefill, static_argnums=(0, 4))(config, parameters, padded, lengths, 16)
+    np.testing.assert_allclose(logits, whole[rows, lengths - 1], atol=tolerance)
+    for count in (1, 3, 1, 3):
+        np.testing.assert_array_equal(cache.length, lengths)
+        places = lengths[:, None] + np.arange(count)
+        logits, cache = step(config, parameters, tokens[rows[:, None], places], cache)
+        np.testing.assert_allclose(logits, whole[rows[:, None], places], atol=tolerance)
+        lengths = lengths + count
+
+    # Set back to what was right, it goes on as if the rest had never been.
+    cache = dataclasses.replace(cache, length=jnp.array(lengths - 2, jnp.int32))
+    logits, _ = step(config, parameters, tokens[rows, lengths - 2][:, None], cache)
+    np.testing.assert_allclose(logits[:, 0], whole[rows, lengths - 2], atol=tolerance)
+
+
+@pytest.mark.parametrize("change", ["default", "post-norm, no bias", "untied", "unscaled, by layer", "sinusoidal"])
+def test_the_layout_for_decoding_changes_no_value(x64, change):
+    config, tokens = small(change), random_tokens(1, 3, 12, 23)
+    stacked = random_parameters(config)
+    laid_out = decoding_parameters(stacked)
+    assert "blocks" not in laid_out and {"block_0", "block_1"} <= laid_out.keys()
+    count = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (stacked, laid_out)]
+    assert count[0] == count[1]
+    apply = jax.jit(lambda parameters: GPT(config).apply({"params": parameters}, tokens)[0])
+    np.testing.assert_allclose(apply(laid_out), apply(stacked), atol=1e-12)
+    assert decoding_parameters(laid_out) is laid_out
+    np.testing.assert_array_equal(output_head(laid_out), output_head(stacked))
+
+
+def test_prefill_reads_either_layout(x64):
+    config, tokens = small("default"), random_tokens(1, 2, 6, 23)
+    parameters, counts = random_parameters(config), jnp.array([6, 2])
+    run = jax.jit(lambda parameters: prefill(config, parameters, tokens, counts, 8))
+    for ours, other in zip(*map(jax.tree.leaves, (run(parameters), run(decoding_parameters(parameters)))), strict=True):
+        np.testing.assert_allclose(ours, other, atol=1e-12)
+
+
+def test_a_cache_needs_the_layout_for_decoding():
+    parameters = init_parameters(TINY, jax.random.key(0))
+    with pytest.raises(ValueError, match="must be laid out by decoding_parameters"):
+        GPT(TINY).apply({"params": parameters}, random_tokens(0, 2, 4), cache=empty_cache(2, 8))
+
+
+def test_what_the_cache_cannot_hold_is_refused():
+    parameters = decoding_parameters(init_parameters(TINY, jax.random.key(0)))
+    with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
+        GPT(TINY).apply({"params": parameters}, random_tokens(0, 2, 9), cache=empty_cache(2, 8))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_later_token_changes_nothing_earlier_at_all(change):
+    """By exactly nothing, whatever the block is made of, and everything later by something."""
+    config = small(change, "float32")
+    parameters, tokens = random_parameters(config), random_tokens(1, 2, 16, 23)
+    before = logits_of(config, parameters, tokens)
+    after = logits_of(config, parameters, tokens.at[:, 9].set((tokens[:, 9] + 1) % 23))
+    assert jnp.abs(before - after)[:, :9].max() == 0
+    assert (jnp.abs(before - after)[:, 9:].max(axis=(0, 2)) > 0).all()
 
 
 def test_a_later_token_changes_no_earlier_logit():
@@ -135,6 +243,24 @@ def test_dropout_is_the_rows_own():
     np.testing.assert_allclose(together[2:3], alone, atol=1e-5)
     assert jnp.abs(together[0] - together[1]).max() > 0.01
     np.testing.assert_array_equal(logits_of(config, parameters, tokens)[0], logits_of(TINY, parameters, tokens)[0])
+
+
+@pytest.mark.parametrize("name", ["embedding_dropout", "attention_dropout"])
+def test_embeddings_and_attention_may_have_a_dropout_of_their_own(x64, name):
+    tokens, keys = random_tokens(1, 3, 12), jax.random.split(jax.random.key(2), 3)
+    base = dataclasses.replace(TINY, init_std=0.3, **FLOAT64)
+    parameters = init_parameters(base, jax.random.key(0))
+
+    def logits(**change):
+        return np.array(logits_of(dataclasses.replace(base, **change), parameters, tokens, dropout_keys=keys))
+
+    none, both = logits(), logits(dropout=0.4)
+    only, without = logits(**{name: 0.4}), logits(**{"dropout": 0.4, name: 0.0})
+    results = [none, both, only, without]
+    assert all(np.abs(one - other).max() > 0.01 for one, other in itertools.combinations(results, 2))
+    # Without its own share it has that of all.
+    np.testing.assert_array_equal(logits(**{"dropout": 0.4, name: 0.4}), both)
+    np.testing.assert_array_equal(logits(**{name: 0.0}), none)
 
 
 def test_half_precision_compute_keeps_float32_parameters():

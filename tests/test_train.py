@@ -139,7 +139,7 @@ def test_generate_writes_json_a_prompt(tmp_path, cache, text):
     out, _ = run(f"{common} --prompt ab cd --seed 3 --json", cache)
     first, second = (json.loads(line) for line in out.splitlines())
     assert (first["prompt"], second["prompt"]) == ("ab", "cd")
-    assert first.keys() == {"prompt", "text", "tokens", "finish_reason"}
+    assert first.keys() == {"prompt", "text", "tokens", "logprobs", "finish_reason"}
     assert len(first["tokens"]) == 5 and first["finish_reason"] == "length"
     again, _ = run(f"{common} --prompt ab cd --seed 3 --json", cache)
     assert again == out

@@ -1,0 +1,230 @@
+"""Beam search: the best of all texts where it can look at all of them, scores that are what they say, ragged batches."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.config import GenerationConfig, GPTConfig
+from jaxgpt.generation.beam import beam_search
+from jaxgpt.generation.decode import Text, gpt_decoder, padded
+from jaxgpt.models.gpt import GPT, decoding_parameters, init_parameters, output_head
+from jaxgpt.models.losses import unembed
+
+WORDS = 3  # the tokens that are at all likely; so nine beams can hold all texts of two
+CONTEXT = 16
+MODEL = GPTConfig(
+    vocab_size=12, context=CONTEXT, layers=2, heads=2, width=8, unroll=1, init_std=0.5, tied_head=False,
+    parameter_dtype="float64", compute_dtype="float64",
+)  # fmt: skip
+
+
+class Model:
+    """A GPT, its decoder, and the log-probabilities of whole texts from the uncached model."""
+
+    def __init__(self, words=None):
+        random = np.random.default_rng(1)
+        shapes = jax.eval_shape(lambda: init_parameters(MODEL, jax.random.key(0)))
+        stacked = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.array(random.normal(path[-1].key == "scale", 0.5, leaf.shape), leaf.dtype), shapes
+        )
+        if words is not None:  # one hidden number is always one, and is a hundred less for every other token
+            norm = stacked["final_norm"]
+            stacked["final_norm"] = {"scale": norm["scale"].at[0].set(0), "bias": norm["bias"].at[0].set(1)}
+            stacked["head"] = stacked["head"].at[:, 0].set(jnp.where(jnp.arange(12) < words, 0, -100))
+        self.parameters, self.decoder = decoding_parameters(stacked), gpt_decoder(MODEL)
+
+        @jax.jit
+        def log_softmax(tokens):
+            hidden, _ = GPT(MODEL).apply({"params": stacked}, tokens)
+            return jax.nn.log_softmax(unembed(hidden, output_head(stacked)))
+
+        self._log_softmax = log_softmax
+
+    def logprobs(self, prompt, tokens):
+        """Of each new token."""
+        text = [*prompt, *tokens]
+        table = np.array(self._log_softmax(padded([text], CONTEXT))[0])
+        return [table[place - 1, text[place]] for place in range(len(prompt), len(text))]
+
+    def search(self, prompts, limits, stop_tokens=(), **settings):
+        config = GenerationConfig(**settings)
+        return beam_search(self.decoder, self.parameters, prompts, limits, config, stop_tokens)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="module")
+def model(float64):
+    return Model()
+
+
+@pytest.fixture(scope="module")
+def narrow(float64):
+    return Model(WORDS)
+
+
+def all_texts(limit, stops, words=WORDS):
+    """Every text that ends at a stop token, which is its last, or at the limit."""
+    for length in range(1, limit + 1):
+        for tokens in itertools.product(range(words), repeat=length):
+            ends = tokens[-1] in stops or length == limit
+            if ends and not set(tokens[:-1]) & set(stops):
+                yield tokens
+
+
+def ranked(model, prompt, texts, penalty):
+    """(score, text), best first."""
+    return sorted(((sum(model.logprobs(prompt, t)) / len(t) ** penalty, t) for t in texts), reverse=True)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("stops", [(), (1,), (0, 2)])
+def test_enough_beams_find_the_best_of_all_texts(narrow, penalty, stops):
+    """Three likely tokens, up to three steps, nine beams: nothing likely is ever dropped."""
+    prompts, limits = [[5], [1, 2, 0, 7], [9, 9, 3]], [3, 2, 3]
+    found = narrow.search(prompts, limits, stops, beams=9, samples=2, length_penalty=penalty)
+    for prompt, limit, beams in zip(prompts, limits, found, strict=True):
+        expected = ranked(narrow, prompt, all_texts(limit, stops), penalty)[:2]
+        assert [beam.tokens for beam in beams] == [tokens for _, tokens in expected]
+        np.testing.assert_allclose([beam.score for beam in beams], [score for score, _ in expected], atol=1e-9)
+
+
+def test_two_steps_of_as_many_beams_as_tokens_see_all_texts(model):
+    found = model.search([[5], [1, 2, 3]], [2, 2], beams=12, samples=12, length_penalty=0.0)
+    for prompt, beams in zip([[5], [1, 2, 3]], found, strict=True):
+        expected = ranked(model, prompt, all_texts(2, (), words=12), 0.0)
+        assert [beam.tokens for beam in beams] == [tokens for _, tokens in expected[:12]]
+
+
+def random_prompts(random, count):
+    return [random.integers(0, 12, random.integers(1, 9)).tolist() for _ in range(count)]
+
+
+VARIANTS = [
+    {"beams": 2, "samples": 2},
+    {"beams": 5, "samples": 5, "early_stopping": "true"},
+    {"beams": 4, "samples": 4, "early_stopping": "never", "length_penalty": 2.0},
+    {"beams": 4, "samples": 4, "length_penalty": 0.0, "min_new_tokens": 4},
+    {"beams": 4, "samples": 3, "length_penalty": -1.0, "no_repeat_ngram": 2, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_a_prompt_is_searched_as_if_alone(model, settings):
+    random = np.random.default_rng(0)
+    prompts, limits = random_prompts(random, 6), [7, 3, 5, 2, 6, 7]
+    together = model.search(prompts, limits, (3, 8), **settings)
+    for prompt, limit, beams in zip(prompts, limits, together, strict=True):
+        alone = model.search([prompt], [limit], (3, 8), **settings)[0]
+        assert [beam.tokens for beam in beams] == [beam.tokens for beam in alone]
+        np.testing.assert_allclose([b.score for b in beams], [b.score for b in alone], atol=1e-9)
+
+
+def test_a_search_may_end_at_its_first_step_beside_others(model):
+    """By its limit, or because all of its best candidates are stop tokens."""
+    prompts, limits, stops = [[1, 2], [3], [4, 5, 6]], [1, 4, 1], ()
+    for early in ("false", "true"):
+        together = model.search(prompts, limits, stops, beams=2, samples=2, early_stopping=early)
+        for prompt, limit, beams in zip(prompts, limits, together, strict=True):
+            alone = model.search([prompt], [limit], stops, beams=2, samples=2, early_stopping=early)[0]
+            assert [beam.tokens for beam in beams] == [beam.tokens for beam in alone]
+        stops, limits = tuple(beam.tokens[0] for beam in together[0]), [4, 4, 4]
+
+
+@pytest.mark.parametrize("settings", VARIANTS[:4])
+def test_scores_are_sums_of_log_probabilities_over_a_power_of_the_length(model, settings):
+    random, ends = np.random.default_rng(1), set()
+    prompts, least = random_prompts(random, 6), settings.get("min_new_tokens", 0)
+    for prompt, beams in zip(prompts, model.search(prompts, [6] * 6, (3, 8), **settings), strict=True):
+        assert len(beams) == settings["samples"]
+        assert len({beam.tokens for beam in beams}) == len(beams)
+        assert [beam.score for beam in beams] == sorted((beam.score for beam in beams), reverse=True)
+        for beam in beams:
+            logprobs = model.logprobs(prompt, beam.tokens)
+            np.testing.assert_allclose(beam.logprobs, logprobs, atol=1e-9)
+            score = sum(logprobs) / len(beam.tokens) ** settings.get("length_penalty", 1.0)
+            np.testing.assert_allclose(beam.score, score, atol=1e-9)
+            ended = beam.tokens[-1] in (3, 8)
+            assert ended or len(beam.tokens) == 6
+            assert not set(beam.tokens[:-1]) & {3, 8} and len(beam.tokens) > least
+            ends.add(ended)
+    assert ends == {True, False}
+
+
+def test_samples_are_the_first_of_the_beams(model):
+    all_of_them = model.search([[1, 2]], [5], (3,), beams=6, samples=6)[0]
+    for samples in (1, 3):
+        assert model.search([[1, 2]], [5], (3,), beams=6, samples=samples)[0] == all_of_them[:samples]
+
+
+def test_one_beam_is_greedy(model):
+    prompts = random_prompts(np.random.default_rng(2), 6)
+    for stops, early in (((), "false"), ((3, 8), "true")):
+        texts = [Text(list(prompt), len(prompt), 6) for prompt in prompts]
+        for _ in model.decoder.decode(model.parameters, texts, GenerationConfig(temperature=0.0), stops):
+            pass
+        for text, beams in zip(texts, model.search(prompts, [6] * 6, stops, early_stopping=early), strict=True):
+            tokens = list(beams[0].tokens)
+            assert (tokens[:-1] if tokens[-1] in stops else tokens) == text.new
+            np.testing.assert_allclose(beams[0].logprobs[: len(text.new)], text.logprobs, atol=1e-9)
+
+
+def test_more_beams_find_no_worse_text_than_greedy_on_the_whole(model):
+    prompts = random_prompts(np.random.default_rng(3), 12)
+    one, many = (model.search(prompts, [6] * 12, beams=beams, length_penalty=0.0) for beams in (1, 6))
+    gains = [ours[0].score - other[0].score for ours, other in zip(many, one, strict=True)]
+    assert np.mean(gains) > 0.1 and min(gains) > -0.5
+
+
+def test_early_stopping_ends_with_enough_texts_and_never_goes_on(model):
+    """`true` takes the first texts that end; `never` the best that there can be, so no worse ones."""
+    prompts = random_prompts(np.random.default_rng(4), 8)
+    scores, lengths = {}, {}
+    for early in ("true", "false", "never"):
+        found = model.search(prompts, [7] * 8, (0, 3, 8), beams=3, early_stopping=early, length_penalty=1.5)
+        scores[early] = np.array([beams[0].score for beams in found])
+        lengths[early] = np.mean([len(beams[0].tokens) for beams in found])
+    assert (scores["never"] >= scores["false"] - 1e-12).all() and (scores["false"] >= scores["true"] - 1e-12).all()
+    assert (scores["never"] > scores["true"] + 1e-6).any()
+    assert lengths["never"] >= lengths["true"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_ngram_comes_twice(model, n):
+    random = np.random.default_rng(5)
+    prompts = [random.permutation(12)[:size].tolist() for size in (2, 4, 1, 3)]
+    repeated = 0
+    for forbid in (None, n):
+        for prompt, beams in zip(
+            prompts, model.search(prompts, [7] * 4, beams=3, samples=3, no_repeat_ngram=forbid), strict=True
+        ):
+            for beam in beams:
+                text = [*prompt, *beam.tokens]
+                ngrams = [tuple(text[place : place + n]) for place in range(len(text) - n + 1)]
+                repeated += len(set(ngrams)) < len(ngrams)
+                assert forbid is None or len(set(ngrams)) == len(ngrams)
+    assert repeated or n == 3
+
+
+def test_what_cannot_be_searched_is_refused(model):
+    with pytest.raises(ValueError, match="beams is 13, more than the vocabulary of 12 tokens"):
+        model.search([[1]], [3], beams=13)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        model.search([[1], []], [3, 3], beams=2)
+
+
+def test_the_search_fills_the_context_to_its_end(model):
+    prompt = [1, 2, 3, 4, 5, 6, 7, 0, 9, 10, 11, 1, 2]
+    for beam in model.search([prompt], [CONTEXT - len(prompt)], beams=4, samples=4)[0]:
+        assert len(beam.tokens) == 3
+        np.testing.assert_allclose(beam.logprobs, model.logprobs(prompt, beam.tokens), atol=1e-9)
+
+
