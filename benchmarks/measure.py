@@ -25,7 +25,7 @@ MEMORY_PROBE = (
 def environment() -> dict[str, Any]:
     """Date, processor or accelerator, cores, and the versions that decide the speed."""
     device = jax.devices()[0]
-    packages = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
+    packages = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "ctranslate2")
     return {
         "date": datetime.date.today().isoformat(),
         "device": f"{jax.device_count()} x {device.device_kind}",

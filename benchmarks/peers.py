@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgpt.config import TrainConfig
+
+# (prompts (B, T), how many new tokens) -> the new tokens of each
+Generator = Callable[[np.ndarray, int], list[list[int]]]
+# Arguments of the program below: a Hugging Face folder, the folder to make.
+CONVERT = "from ctranslate2.converters.transformers import main; main()"
 
 
 def torch_train_step(config: TrainConfig, vocab_size: int, tokens: np.ndarray) -> tuple[Callable[[], float], int]:
@@ -66,3 +76,72 @@ def torch_train_step(config: TrainConfig, vocab_size: int, tokens: np.ndarray) -
         return loss.item()
 
     return step, sum(p.numel() * p.element_size() for p in parameters)
+
+
+def require_generators(names: Sequence[str]) -> None:
+    """Raise `ValueError` unless what the peers `hf` and `ctranslate2` need is installed."""
+    needed = {"hf": ("torch", "transformers"), "ctranslate2": ("ctranslate2", "torch", "transformers")}
+    for name in names:
+        if not all(importlib.util.find_spec(package) for package in needed[name]):
+            packages = needed[name]
+            listed = f"{', '.join(packages[:-1])} and {packages[-1]}"
+            raise ValueError(f"--vs {name} needs {listed}: pip install {' '.join(packages)}")
+
+
+def hf_generator(folder: Path) -> Generator:
+    """Greedy `generate` of `transformers` in PyTorch: float32, all cores, SDPA, its key-value cache."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    ).eval()
+
+    def generate(prompts: np.ndarray, new_tokens: int) -> list[list[int]]:
+        inputs = torch.from_numpy(prompts.astype(np.int64))
+        limits = dict.fromkeys(("min_new_tokens", "max_new_tokens"), new_tokens)
+        with torch.inference_mode():
+            made = model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), do_sample=False, use_cache=True, pad_token_id=0, **limits
+            )
+        return made[:, inputs.shape[1] :].tolist()
+
+    return generate
+
+
+def ctranslate2_generators(folder: Path) -> dict[str, Generator]:
+    """Greedy `generate_batch` of CTranslate2 in float32 and in int8, one batch on all cores."""
+    import ctranslate2
+
+    converted = folder.with_name(f"{folder.name}-ctranslate2")
+    # In a process of its own, which takes the copies of the weights that converting needs away with it.
+    command = [sys.executable, "-c", CONVERT, "--model", str(folder), "--output_dir", str(converted)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"CTranslate2 cannot convert the model: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    words = json.loads((converted / "vocabulary.json").read_text("utf-8"))
+    config = json.loads((converted / "config.json").read_text("utf-8"))
+    # Our tokenizer has no unknown token, and CTranslate2 does not read a model without one.
+    (converted / "config.json").write_text(json.dumps(config | {"unk_token": config["eos_token"]}), "utf-8")
+
+    def generator(compute_type: str) -> Generator:
+        model = ctranslate2.Generator(
+            str(converted), compute_type=compute_type, inter_threads=1, intra_threads=os.cpu_count() or 1
+        )
+
+        def generate(prompts: np.ndarray, new_tokens: int) -> list[list[int]]:
+            results = model.generate_batch(
+                [[words[token] for token in prompt] for prompt in prompts.tolist()],
+                min_length=new_tokens,
+                max_length=new_tokens,
+                sampling_topk=1,
+                include_prompt_in_result=False,
+            )
+            return [result.sequences_ids[0] for result in results]
+
+        return generate
+
+    return {f"ctranslate2 {name}": generator(name) for name in ("float32", "int8")}

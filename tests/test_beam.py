@@ -30,6 +30,7 @@ class Model:
         stacked = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.array(random.normal(path[-1].key == "scale", 0.5, leaf.shape), leaf.dtype), shapes
         )
+        stacked["head"] *= 0.3  # so that no token is sure
         if words is not None:  # one hidden number is always one, and is a hundred less for every other token
             norm = stacked["final_norm"]
             stacked["final_norm"] = {"scale": norm["scale"].at[0].set(0), "bias": norm["bias"].at[0].set(1)}

@@ -13,7 +13,7 @@ BPE = train_bpe(["ab ab aab 😀😀 漢 é abba\n" * 20], 300)
 
 
 def random_text(random, length):
-    return "".join(random.choice(ALPHABET) for _ in range(length))
+    return "".join(ALPHABET[place] for place in random.integers(0, len(ALPHABET), length))
 
 
 def random_stops(random, text, count):
