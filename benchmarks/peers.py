@@ -104,8 +104,9 @@ def hf_generator(folder: Path) -> Generator:
         inputs = torch.from_numpy(prompts.astype(np.int64))
         limits = dict.fromkeys(("min_new_tokens", "max_new_tokens"), new_tokens)
         with torch.inference_mode():
+            mask = torch.ones_like(inputs)
             made = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), do_sample=False, use_cache=True, pad_token_id=0, **limits
+                inputs, attention_mask=mask, do_sample=False, use_cache=True, pad_token_id=0, **limits
             )
         return made[:, inputs.shape[1] :].tolist()
 
@@ -119,7 +120,7 @@ def ctranslate2_generators(folder: Path) -> dict[str, Generator]:
     converted = folder.with_name(f"{folder.name}-ctranslate2")
     # In a process of its own, which takes the copies of the weights that converting needs away with it.
     command = [sys.executable, "-c", CONVERT, "--model", str(folder), "--output_dir", str(converted)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"CTranslate2 cannot convert the model: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     words = json.loads((converted / "vocabulary.json").read_text("utf-8"))
@@ -139,6 +140,7 @@ def ctranslate2_generators(folder: Path) -> dict[str, Generator]:
                 max_length=new_tokens,
                 sampling_topk=1,
                 include_prompt_in_result=False,
+                end_token=[],  # it may be made, and ends nothing: as in ours
             )
             return [result.sequences_ids[0] for result in results]
 

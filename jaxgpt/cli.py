@@ -208,7 +208,9 @@ def _train(arguments: list[str]) -> int:
 
 def _load(options: ModelOptions) -> LanguageModel:
     from jaxgpt import api
+    from jaxgpt.environment import keep_freed_memory
 
+    keep_freed_memory()
     return api.load(options.model, checkpoint=options.checkpoint, revision=options.revision, dtype=options.dtype)
 
 
