@@ -71,7 +71,7 @@ class Options:
         require(bool(self.batch) and min(self.batch) >= 1, f"batch is {self.batch}; each must be at least 1")
         require(self.vocab_size >= 2, f"vocab-size is {self.vocab_size}; it must be at least 2")
         require(self.lookup >= 0, f"lookup is {self.lookup}; it must be at least 0")
-        require(self.seed >= 0, f"seed is {self.seed}; it must be at least 0")
+        require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2**31)")
 
 
 def configure(options: Options) -> GPTConfig:
@@ -110,7 +110,7 @@ def generators(config: GPTConfig, options: Options) -> tuple[dict[str, Generator
         folder = Path(temporary) / "model"
         if options.vs:
             export(model, folder)
-        model = replace(model, parameters=model.decoding_parameters)  # and let the other layout go
+        model = replace(model, parameters=model.decoding_parameters)  # the other layout has served
         found = {"ours": our_generator(model)}
         if options.lookup:
             found[f"ours, lookup {options.lookup}"] = our_generator(model, options.lookup)
@@ -180,11 +180,11 @@ def table(options: Options, result: dict[str, Any]) -> str:
         ("ratio", "ours over theirs, median of the rounds' ratios; above 1 is faster"),
     ]
     for measured in result["batches"]:
-        head = f"{'tokens/s':<29}{'first token, ms':<27}{'ratio':<8}{'of first':<10}same tokens"
+        head = f"{'tokens/s':<31}{'first token, ms':<31}{'ratio':<8}{'of first':<10}same tokens"
         lines += [("", ""), (f"batch {measured['batch']}", f"{'':<21}{head}")]
         for name, row in measured["results"].items():
             rate, first = _spelled(row["tokens_per_second"]), _spelled(row["first_token_seconds"], 1e3)
-            text = f"{name:<21}{rate:<29}{first:<27}"
+            text = f"{name:<21}{rate:<31}{first:<31}"
             if "ratio" in row:
                 ratio, of_first, same = row["ratio"]["median"], row["first_token_ratio"], row["agreement"]
                 place = same["first_difference"]

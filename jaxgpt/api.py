@@ -73,7 +73,8 @@ class LanguageModel:
     @functools.cached_property
     def decoding_parameters(self) -> Parameters:
         """The same parameters laid out for decoding; made when first needed, kept beside `parameters`."""
-        return jax.jit(decoding_parameters)(self.parameters)
+        # jit copies also what it returns as it is.
+        return jax.jit(decoding_parameters)(self.parameters) if "blocks" in self.parameters else self.parameters
 
     def generate(self, prompt: Prompt, settings: GenerationConfig | None = None, **changes: object) -> Generated:
         """Continue one prompt.
@@ -305,6 +306,10 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 
 def _tokenizer_config(model: LanguageModel) -> dict[str, Any]:
-    named = {} if model.tokenizer.end_of_text is None else dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    named = (
+        {}
+        if model.tokenizer.end_of_text is None
+        else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    )
     general = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context}
     return general | named | {"clean_up_tokenization_spaces": False}

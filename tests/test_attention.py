@@ -165,7 +165,9 @@ def test_half_precision_scores_of_the_cache_are_computed_in_float32():
     query, key, value = (x.astype(jnp.bfloat16) for x in random_heads(4, 2, 1, 2, 32))
     cache = random_cache(5, [63, 30], 64, head_width=32, dtype=jnp.bfloat16).insert(0, key, value)
     exact = dataclasses.replace(
-        cache, key=tuple(k.astype(jnp.float32) for k in cache.key), value=tuple(v.astype(jnp.float32) for v in cache.value)
+        cache,
+        key=tuple(k.astype(jnp.float32) for k in cache.key),
+        value=tuple(v.astype(jnp.float32) for v in cache.value),
     )
     half = attend_to_cache(query, cache, 0)
     assert half.dtype == jnp.bfloat16

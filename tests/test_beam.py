@@ -1,4 +1,4 @@
-"""Beam search: the best of all texts where it can look at all of them, scores that are what they say, ragged batches."""
+"""Beam search: the best of all texts where it can see all of them, scores that are what they say, ragged batches."""
 
 import itertools
 
@@ -14,6 +14,7 @@ from jaxgpt.models.gpt import GPT, decoding_parameters, init_parameters, output_
 from jaxgpt.models.losses import unembed
 
 WORDS = 3  # the tokens that are at all likely; so nine beams can hold all texts of two
+STOPS = (4, 10)  # tokens that come now and then
 CONTEXT = 16
 MODEL = GPTConfig(
     vocab_size=12, context=CONTEXT, layers=2, heads=2, width=8, unroll=1, init_std=0.5, tied_head=False,
@@ -30,7 +31,7 @@ class Model:
         stacked = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.array(random.normal(path[-1].key == "scale", 0.5, leaf.shape), leaf.dtype), shapes
         )
-        stacked["head"] *= 0.3  # so that no token is sure
+        stacked["final_norm"]["bias"] *= 0.2  # so that what comes depends on what was, and no token is sure
         if words is not None:  # one hidden number is always one, and is a hundred less for every other token
             norm = stacked["final_norm"]
             stacked["final_norm"] = {"scale": norm["scale"].at[0].set(0), "bias": norm["bias"].at[0].set(1)}
@@ -122,9 +123,9 @@ VARIANTS = [
 def test_a_prompt_is_searched_as_if_alone(model, settings):
     random = np.random.default_rng(0)
     prompts, limits = random_prompts(random, 6), [7, 3, 5, 2, 6, 7]
-    together = model.search(prompts, limits, (3, 8), **settings)
+    together = model.search(prompts, limits, STOPS, **settings)
     for prompt, limit, beams in zip(prompts, limits, together, strict=True):
-        alone = model.search([prompt], [limit], (3, 8), **settings)[0]
+        alone = model.search([prompt], [limit], STOPS, **settings)[0]
         assert [beam.tokens for beam in beams] == [beam.tokens for beam in alone]
         np.testing.assert_allclose([b.score for b in beams], [b.score for b in alone], atol=1e-9)
 
@@ -144,7 +145,7 @@ def test_a_search_may_end_at_its_first_step_beside_others(model):
 def test_scores_are_sums_of_log_probabilities_over_a_power_of_the_length(model, settings):
     random, ends = np.random.default_rng(1), set()
     prompts, least = random_prompts(random, 6), settings.get("min_new_tokens", 0)
-    for prompt, beams in zip(prompts, model.search(prompts, [6] * 6, (3, 8), **settings), strict=True):
+    for prompt, beams in zip(prompts, model.search(prompts, [6] * 6, STOPS, **settings), strict=True):
         assert len(beams) == settings["samples"]
         assert len({beam.tokens for beam in beams}) == len(beams)
         assert [beam.score for beam in beams] == sorted((beam.score for beam in beams), reverse=True)
@@ -153,22 +154,22 @@ def test_scores_are_sums_of_log_probabilities_over_a_power_of_the_length(model, 
             np.testing.assert_allclose(beam.logprobs, logprobs, atol=1e-9)
             score = sum(logprobs) / len(beam.tokens) ** settings.get("length_penalty", 1.0)
             np.testing.assert_allclose(beam.score, score, atol=1e-9)
-            ended = beam.tokens[-1] in (3, 8)
+            ended = beam.tokens[-1] in STOPS
             assert ended or len(beam.tokens) == 6
-            assert not set(beam.tokens[:-1]) & {3, 8} and len(beam.tokens) > least
+            assert not set(beam.tokens[:-1]) & set(STOPS) and len(beam.tokens) > least
             ends.add(ended)
-    assert ends == {True, False}
+    assert True in ends and (False in ends or settings.get("early_stopping") == "true")
 
 
 def test_samples_are_the_first_of_the_beams(model):
-    all_of_them = model.search([[1, 2]], [5], (3,), beams=6, samples=6)[0]
+    all_of_them = model.search([[1, 2]], [5], STOPS, beams=6, samples=6)[0]
     for samples in (1, 3):
-        assert model.search([[1, 2]], [5], (3,), beams=6, samples=samples)[0] == all_of_them[:samples]
+        assert model.search([[1, 2]], [5], STOPS, beams=6, samples=samples)[0] == all_of_them[:samples]
 
 
 def test_one_beam_is_greedy(model):
     prompts = random_prompts(np.random.default_rng(2), 6)
-    for stops, early in (((), "false"), ((3, 8), "true")):
+    for stops, early in (((), "false"), (STOPS, "true")):
         texts = [Text(list(prompt), len(prompt), 6) for prompt in prompts]
         for _ in model.decoder.decode(model.parameters, texts, GenerationConfig(temperature=0.0), stops):
             pass
@@ -190,7 +191,7 @@ def test_early_stopping_ends_with_enough_texts_and_never_goes_on(model):
     prompts = random_prompts(np.random.default_rng(4), 8)
     scores, lengths = {}, {}
     for early in ("true", "false", "never"):
-        found = model.search(prompts, [7] * 8, (0, 3, 8), beams=3, early_stopping=early, length_penalty=1.5)
+        found = model.search(prompts, [7] * 8, STOPS, beams=3, early_stopping=early, length_penalty=1.5)
         scores[early] = np.array([beams[0].score for beams in found])
         lengths[early] = np.mean([len(beams[0].tokens) for beams in found])
     assert (scores["never"] >= scores["false"] - 1e-12).all() and (scores["false"] >= scores["true"] - 1e-12).all()
@@ -227,5 +228,3 @@ def test_the_search_fills_the_context_to_its_end(model):
     for beam in model.search([prompt], [CONTEXT - len(prompt)], beams=4, samples=4)[0]:
         assert len(beam.tokens) == 3
         np.testing.assert_allclose(beam.logprobs, model.logprobs(prompt, beam.tokens), atol=1e-9)
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import sys
 import pytest
 from program import ROOT, environment
 
+TINY = ["--size", "tiny", "--vocab-size", "300", "--batch", "3", "--prompt-tokens", "8", "--new-tokens", "12"]
 SMALL = ["shakespeare-char-cpu", "--batch-size", "4", "--sequence-length", "8", "--steps", "2", "--rounds", "2"]
 
 
-def benchmark(cache, *arguments, devices=1, code=0):
-    command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *arguments]
+def benchmark(cache, *arguments, script="train_step.py", devices=1, code=0):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     env = environment(cache, devices) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
@@ -52,3 +54,58 @@ def test_train_step_puts_pytorch_beside_it(tmp_path):
 def test_bad_input_is_one_line(tmp_path, arguments, message):
     err = benchmark(tmp_path, *arguments, code=2).stderr
     assert message in err and len(err.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    """What generate.py prints beside all the peers that are installed."""
+    for package in ("torch", "transformers"):
+        pytest.importorskip(package, reason=f"needs {package}, which only the comparison installs")
+    peers = ["hf", *(["ctranslate2"] if importlib.util.find_spec("ctranslate2") else [])]
+    options = [*TINY, "--rounds", "2", "--lookup", "2", "--vs", *peers, "--json"]
+    done = benchmark(tmp_path_factory.mktemp("cache"), *options, script="generate.py")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_generate_measures_ours(generated):
+    assert generated["benchmark"] == "generate" and generated["options"]["new_tokens"] == 12
+    assert {"date", "processor", "versions"} <= generated["environment"].keys()
+    (measured,) = generated["batches"]
+    assert measured["batch"] == 3 and measured["distinct_tokens_per_text"] > 3, "else agreement shows nothing"
+    ours = measured["results"]["ours"]
+    for name, row in measured["results"].items():
+        for spread in (row["tokens_per_second"], row["first_token_seconds"]):
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+        if name != "ours":
+            greatest = ours["tokens_per_second"]["max"] / row["tokens_per_second"]["min"]
+            assert 0 < row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"] <= greatest * 1.001
+
+
+@pytest.mark.parametrize("name", ["ours, lookup 2", "hf", "ctranslate2 float32"])
+def test_generate_makes_the_same_tokens_as_a_peer(generated, name):
+    if name.startswith("ctranslate2"):
+        pytest.importorskip("ctranslate2", reason="needs ctranslate2, which only the comparison installs")
+    results = generated["batches"][0]["results"]
+    assert results[name]["agreement"] == {"equal_tokens": 1.0, "equal_texts": 3, "first_difference": None}
+    assert "ctranslate2 int8" in results or "ctranslate2 float32" not in results
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "tny"], "did you mean tiny?"),
+        (["--size", "tiny"], "128 tokens do not fit the context of 64"),
+        ([*TINY, "--batch", "0"], "each must be at least 1"),
+        ([*TINY, "--vs", "torch"], "invalid choice 'torch'"),
+    ],
+)
+def test_bad_input_to_generate_is_one_line(tmp_path, arguments, message):
+    err = benchmark(tmp_path, *arguments, script="generate.py", code=2).stderr
+    assert message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="torch is installed, and so not missing")
+@pytest.mark.parametrize("peer", ["hf", "ctranslate2"])
+def test_generate_says_what_a_peer_needs(tmp_path, peer):
+    err = benchmark(tmp_path, *TINY, "--vs", peer, script="generate.py", code=2).stderr
+    assert f"--vs {peer} needs" in err and "pip install" in err and len(err.splitlines()) == 1

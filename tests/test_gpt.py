@@ -38,8 +38,10 @@ def mean_loss(config, parameters, tokens, **kwargs):
 
 @pytest.mark.parametrize("size", [65, 1000])
 def test_initial_loss_is_that_of_a_uniform_guess(size):
-    config = GPTConfig(vocab_size=size, context=64, layers=4, heads=4, width=128)
-    loss = mean_loss(config, init_parameters(config, jax.random.key(0)), random_tokens(1, 8, 65, size))
+    config = GPTConfig(vocab_size=size, context=64, layers=2, heads=4, width=128, unroll=1)
+    loss = jax.jit(mean_loss, static_argnums=0)(
+        config, init_parameters(config, jax.random.key(0)), random_tokens(1, 8, 65, size)
+    )
     assert abs(loss / math.log(size) - 1) < 0.02
 
 
@@ -79,33 +81,27 @@ def random_parameters(config, seed=0):
     )
 
 
-def test_every_option_has_an_effect(x64):
-    """So that to be equal with an option is to be equal with that option."""
-    logits = {}
-    for change in CHANGES:
-        if "bias" not in change and change not in ("untied", "sinusoidal", "blocked", "hidden"):  # other parameters
-            parameters = random_parameters(small("default"))
-            if small(change).norm == "post":
-                del parameters["final_norm"]
-            logits[change] = np.array(logits_of(small(change), parameters, random_tokens(1, 2, 10, 23)))
-    for one, other in itertools.combinations(logits, 2):
-        assert np.abs(logits[one] - logits[other]).max() > 1e-5, (one, other)
-
-
 @pytest.mark.parametrize(
     ("change", "dtype", "tolerance"),
     [*((change, "float64", 1e-10) for change in CHANGES), ("default", "float32", 1e-4), ("untied", "float32", 1e-4)],
 )
-def test_cached_decoding_equals_uncached(x64, change, dtype, tolerance):
+def test_causality_is_exact_and_cached_decoding_equals_uncached(x64, change, dtype, tolerance):
     """Ragged prompts, padded with tokens that must not matter; then steps of one token and of several."""
     config = small(change, dtype)
     parameters = random_parameters(config)
     tokens, lengths = np.array(random_tokens(1, 4, 16, 23)), np.array([5, 1, 8, 3], np.int32)
     whole = np.array(logits_of(config, parameters, tokens))
+
+    # A later token changes nothing earlier, by exactly nothing, and everything later by something.
+    later = tokens.copy()
+    later[:, 9] = (later[:, 9] + 1) % 23
+    difference = np.abs(logits_of(config, parameters, later) - whole)
+    assert difference[:, :9].max() == 0
+    assert (difference[:, 9:].max(axis=(0, 2)) > 0).all()
+
     parameters = decoding_parameters(parameters)
     step = jax.jit(decode_step, static_argnums=0)
     rows = np.arange(4)
-
     # Behind each prompt stands another text, which ends up in the cache behind it.
     padded = np.where(np.arange(8) < lengths[:, None], tokens[:, :8], tokens[:, 8:])
     logits, cache = jax.jit(prefill, static_argnums=(0, 4))(config, parameters, padded, lengths, 16)
@@ -123,9 +119,22 @@ def test_cached_decoding_equals_uncached(x64, change, dtype, tolerance):
     np.testing.assert_allclose(logits[:, 0], whole[rows, lengths - 2], atol=tolerance)
 
 
+def test_every_option_has_an_effect(x64):
+    """So that to be equal with an option is to be equal with that option."""
+    logits = {}
+    for change in CHANGES:
+        if "bias" not in change and change not in ("untied", "sinusoidal", "blocked", "hidden"):  # other parameters
+            parameters = random_parameters(small("default"))
+            if small(change).norm == "post":
+                del parameters["final_norm"]
+            logits[change] = np.array(logits_of(small(change), parameters, random_tokens(1, 4, 16, 23)))
+    for one, other in itertools.combinations(logits, 2):
+        assert np.abs(logits[one] - logits[other]).max() > 1e-5, (one, other)
+
+
 @pytest.mark.parametrize("change", ["default", "post-norm, no bias", "untied", "unscaled, by layer", "sinusoidal"])
 def test_the_layout_for_decoding_changes_no_value(x64, change):
-    config, tokens = small(change), random_tokens(1, 3, 12, 23)
+    config, tokens = small(change), random_tokens(1, 4, 16, 23)
     stacked = random_parameters(config)
     laid_out = decoding_parameters(stacked)
     assert "blocks" not in laid_out and {"block_0", "block_1"} <= laid_out.keys()
@@ -146,65 +155,45 @@ def test_prefill_reads_either_layout(x64):
 
 
 def test_a_cache_needs_the_layout_for_decoding():
-    parameters = init_parameters(TINY, jax.random.key(0))
+    parameters = random_parameters(TINY)
     with pytest.raises(ValueError, match="must be laid out by decoding_parameters"):
         GPT(TINY).apply({"params": parameters}, random_tokens(0, 2, 4), cache=empty_cache(2, 8))
 
 
 def test_what_the_cache_cannot_hold_is_refused():
-    parameters = decoding_parameters(init_parameters(TINY, jax.random.key(0)))
+    parameters = decoding_parameters(random_parameters(TINY))
     with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
         GPT(TINY).apply({"params": parameters}, random_tokens(0, 2, 9), cache=empty_cache(2, 8))
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_later_token_changes_nothing_earlier_at_all(change):
-    """By exactly nothing, whatever the block is made of, and everything later by something."""
-    config = small(change, "float32")
-    parameters, tokens = random_parameters(config), random_tokens(1, 2, 16, 23)
-    before = logits_of(config, parameters, tokens)
-    after = logits_of(config, parameters, tokens.at[:, 9].set((tokens[:, 9] + 1) % 23))
-    assert jnp.abs(before - after)[:, :9].max() == 0
-    assert (jnp.abs(before - after)[:, 9:].max(axis=(0, 2)) > 0).all()
-
-
-def test_a_later_token_changes_no_earlier_logit():
-    parameters = init_parameters(TINY, jax.random.key(0))
-    tokens = random_tokens(1, 3, 24)
-    before = logits_of(TINY, parameters, tokens)
-    after = logits_of(TINY, parameters, tokens.at[:, 15].set((tokens[:, 15] + 1) % 50))
-    assert jnp.abs(before - after)[:, :15].max() == 0
-    assert (jnp.abs(before - after)[:, 15:].max(axis=(0, 2)) > 0).all()
-
-
-@pytest.mark.parametrize("change", [{}, {"bias": False, "tied_head": False}, {"remat": True}])
+@pytest.mark.parametrize("change", [{}, {"bias": False, "tied_head": False}, {"remat": True}, {"norm": "post"}])
 def test_gradients_agree_with_finite_differences(x64, change):
-    config = dataclasses.replace(TINY, layers=2, **change, **FLOAT64)
-    parameters = jax.tree.map(lambda p: p + 0.02, init_parameters(config, jax.random.key(0)))
-    tokens = random_tokens(1, 2, 9)
-    loss = jax.jit(lambda p: mean_loss(config, p, tokens))
-    gradients = jax.jit(jax.grad(loss))(parameters)
-    directions = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape, p.dtype), parameters)
-    for path, direction in jax.tree_util.tree_leaves_with_path(directions):
-        only = jax.tree_util.tree_map_with_path(lambda p, d: d if p == path else d * 0, directions)  # noqa: B023
-        moved = [loss(jax.tree.map(lambda p, d: p + sign * 1e-5 * d, parameters, only)) for sign in (1, -1)]  # noqa: B023
-        slope = (moved[0] - moved[1]) / 2e-5
-        expected = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradients, only)), strict=True))
-        np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-9, err_msg=str(path))
-        assert jnp.linalg.norm(direction) > 0
+    config = dataclasses.replace(small("default"), **change)
+    parameters, tokens = jax.tree.map(np.array, random_parameters(config)), random_tokens(1, 2, 9, 23)
+    both = jax.jit(jax.value_and_grad(lambda p: mean_loss(config, p, tokens)))
+    gradients, random = jax.tree.map(np.array, both(parameters)[1]), np.random.default_rng(0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        direction = random.normal(size=leaf.shape)
+        moved = [
+            both(jax.tree_util.tree_map_with_path(lambda p, x: x + step * direction if p == path else x, parameters))[0]  # noqa: B023
+            for step in (1e-5, -1e-5)
+        ]
+        expected = sum(
+            np.vdot(gradient, direction) for p, gradient in jax.tree_util.tree_leaves_with_path(gradients) if p == path
+        )
+        np.testing.assert_allclose((moved[0] - moved[1]) / 2e-5, expected, rtol=1e-5, atol=1e-8, err_msg=str(path))
 
 
-@pytest.mark.parametrize("change", [{"unroll": 1}, {"unroll": 3}, {"remat": True}])
-def test_ways_to_compute_do_not_change_the_result(x64, change):
-    config = dataclasses.replace(TINY, dropout=0.2, unroll=2, **FLOAT64)
-    parameters = init_parameters(config, jax.random.key(0))
-    tokens = random_tokens(1, 2, 12)
+def test_ways_to_compute_do_not_change_the_result(x64):
+    config = dataclasses.replace(small("default"), layers=3, dropout=0.2, unroll=3)
+    parameters, tokens = random_parameters(config), random_tokens(1, 2, 12, 23)
     keys = jax.random.split(jax.random.key(2), 2)
 
-    def run(config):
-        return jax.jit(jax.value_and_grad(lambda p: mean_loss(config, p, tokens, dropout_keys=keys)))(parameters)
+    def run(**change):
+        changed = dataclasses.replace(config, **change)
+        return jax.jit(jax.value_and_grad(lambda p: mean_loss(changed, p, tokens, dropout_keys=keys)))(parameters)
 
-    ours, other = run(config), run(dataclasses.replace(config, **change))
+    ours, other = run(), run(unroll=2, remat=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), ours, other)
 
 
@@ -223,7 +212,7 @@ def test_options_change_the_parameters_they_name():
 
 @pytest.mark.parametrize("layers", [2, 8])
 def test_initial_scales_are_gpt2s(layers):
-    config = GPTConfig(vocab_size=100, context=32, layers=layers, heads=4, width=128)
+    config = GPTConfig(vocab_size=100, context=32, layers=layers, heads=4, width=128, unroll=1)
     blocks = init_parameters(config, jax.random.key(0))["blocks"]
     for name, inner in [("attention", "qkv"), ("mlp", "up")]:
         np.testing.assert_allclose(blocks[name][inner]["kernel"].std(), 0.02, rtol=0.05)
@@ -234,51 +223,56 @@ def test_initial_scales_are_gpt2s(layers):
 
 def test_dropout_is_the_rows_own():
     """A row loses the same activations whatever rows are beside it, and another row loses others."""
-    config = dataclasses.replace(TINY, dropout=0.3)
-    parameters = init_parameters(config, jax.random.key(0))
-    tokens = jnp.broadcast_to(random_tokens(1, 1, 12), (4, 12))
+    plain = small("default", "float32")
+    config = dataclasses.replace(plain, dropout=0.4)
+    parameters = random_parameters(config)
+    tokens = jnp.broadcast_to(random_tokens(1, 1, 16, 23), (4, 16))
     keys = jax.random.split(jax.random.key(2), 4)
     together = logits_of(config, parameters, tokens, dropout_keys=keys)
     alone = logits_of(config, parameters, tokens[2:3], dropout_keys=keys[2:3])
-    np.testing.assert_allclose(together[2:3], alone, atol=1e-5)
+    np.testing.assert_allclose(together[2:3], alone, atol=1e-4)
     assert jnp.abs(together[0] - together[1]).max() > 0.01
-    np.testing.assert_array_equal(logits_of(config, parameters, tokens)[0], logits_of(TINY, parameters, tokens)[0])
+    np.testing.assert_array_equal(logits_of(config, parameters, tokens)[0], logits_of(plain, parameters, tokens)[0])
 
 
-@pytest.mark.parametrize("name", ["embedding_dropout", "attention_dropout"])
-def test_embeddings_and_attention_may_have_a_dropout_of_their_own(x64, name):
-    tokens, keys = random_tokens(1, 3, 12), jax.random.split(jax.random.key(2), 3)
-    base = dataclasses.replace(TINY, init_std=0.3, **FLOAT64)
-    parameters = init_parameters(base, jax.random.key(0))
+def test_embeddings_and_attention_may_have_a_dropout_of_their_own():
+    """Each of the two changes what comes out when it alone is on, and when it alone is off."""
+    tokens, keys = random_tokens(1, 4, 16, 23), jax.random.split(jax.random.key(2), 4)
+    config = small("default", "float32")
+    parameters = random_parameters(config)
 
     def logits(**change):
-        return np.array(logits_of(dataclasses.replace(base, **change), parameters, tokens, dropout_keys=keys))
+        return np.array(logits_of(dataclasses.replace(config, **change), parameters, tokens, dropout_keys=keys))
 
-    none, both = logits(), logits(dropout=0.4)
-    only, without = logits(**{name: 0.4}), logits(**{"dropout": 0.4, name: 0.0})
-    results = [none, both, only, without]
+    names = ("embedding_dropout", "attention_dropout")
+    results = [logits(), logits(dropout=0.4)]
+    results += [logits(**{name: 0.4}) for name in names]
+    results += [logits(**{"dropout": 0.4, name: 0.0}) for name in names]
     assert all(np.abs(one - other).max() > 0.01 for one, other in itertools.combinations(results, 2))
-    # Without its own share it has that of all.
-    np.testing.assert_array_equal(logits(**{"dropout": 0.4, name: 0.4}), both)
-    np.testing.assert_array_equal(logits(**{name: 0.0}), none)
+    # With both off, all that is left is the residual branches'; without any keys, nothing.
+    rest = {"dropout": 0.4} | dict.fromkeys(names, 0.0)
+    assert np.abs(logits(**rest) - results[0]).max() > 0.01
+    np.testing.assert_array_equal(logits_of(dataclasses.replace(config, dropout=0.4), parameters, tokens), results[0])
 
 
 def test_half_precision_compute_keeps_float32_parameters():
     config = dataclasses.replace(TINY, compute_dtype="bfloat16")
     parameters = init_parameters(config, jax.random.key(0))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(parameters)} == {"float32"}
-    hidden, _ = GPT(config).apply({"params": parameters}, random_tokens(1, 2, 8))
+    hidden, exact = (
+        jax.jit(lambda p, c=c: GPT(c).apply({"params": p}, random_tokens(1, 2, 8))[0])(parameters)
+        for c in (config, TINY)
+    )
     assert hidden.dtype == jnp.bfloat16
-    exact, _ = GPT(TINY).apply({"params": parameters}, random_tokens(1, 2, 8))
     np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.1)
 
 
 def test_too_many_tokens_are_refused():
-    parameters = init_parameters(TINY, jax.random.key(0))
+    parameters = random_parameters(TINY)
     with pytest.raises(ValueError, match="25 tokens do not fit a context of 24"):
         GPT(TINY).apply({"params": parameters}, random_tokens(0, 1, 25))
 
 
 def test_an_id_outside_the_vocabulary_is_not_another_token():
-    parameters = init_parameters(TINY, jax.random.key(0))
+    parameters = random_parameters(TINY)
     assert jnp.isnan(logits_of(TINY, parameters, jnp.array([[50]]))).all()

@@ -49,7 +49,9 @@ def test_the_tour_works_as_pasted(tmp_path):
     text.write_text("ROMEO:\n" + text.read_text())  # whom the tour lets speak
     stand_in_for_gpt2(tmp_path / "hub")
     cache = environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub")}
-    cache |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # what is tested is the commands: most of their time is compilation
+    cache |= {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
+    }  # what is tested is the commands: most of their time is compilation
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     assert len(lines) >= 8
     for line in lines:

@@ -125,7 +125,7 @@ def beam_search(
                     )
         if not any(search.open for search in searches):
             return [search.finished[: config.samples] for search in searches]
-        newest = [[beam.tokens[-1]] for search in searches for beam in search.running]
+        newest = [beam.tokens[-1:] or (0,) for search in searches for beam in search.running]  # none: ended at once
         logits, cache = decoder.step(parameters, np.array(newest, np.int32), decoder.take(cache, rows))
 
 

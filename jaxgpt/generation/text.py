@@ -41,10 +41,11 @@ class Writer:
 
     def _release(self, piece: str) -> str:
         held = self._held + piece
-        places = [place for stop in self._stop if (place := held.find(stop)) >= 0]
-        if places:
+        # The one that is whole first counts, so that it does not matter how many characters came at once.
+        found = [(place + len(stop), place) for stop in self._stop if (place := held.find(stop)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return held[: min(places)]
+            return held[: min(found)[1]]
         keep = max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
