@@ -32,6 +32,10 @@ __version__ = "0.1.0"
 prepare_backend()  # the one import-time side effect: XLA reads its flags only once
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,7 @@ class LanguageModel:
     """A GPT with its parameters and its tokenizer."""
 
     config: GPTConfig
-    parameters: Parameters
+    parameters: Parameters = field(repr=False)
     tokenizer: Tokenizer
     stop_tokens: tuple[int, ...] = ()
     """ids that end a text unless others are asked for"""
@@ -87,6 +87,7 @@ class LanguageModel:
         Raises:
             ValueError: an empty prompt, a character that the tokenizer does not have, an id outside the vocabulary, a
                 setting out of range, or, unless `truncate` is "left", prompt and new tokens beyond the context.
+            FloatingPointError: the model's logits are NaN.
         """
         settings = _settings(settings, changes)
         if settings.samples > 1:
@@ -101,6 +102,8 @@ class LanguageModel:
         Arguments and errors as in `generate`.
         """
         settings = _settings(settings, changes)
+        if isinstance(prompts, str):
+            raise ValueError("generate_batch takes a list of prompts; generate takes one")
         if not prompts:
             return []
         encoded = [self._encode(prompt) for prompt in prompts]
@@ -162,6 +165,8 @@ class LanguageModel:
         return stops
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, bytes):
+            raise ValueError("the prompt is bytes; it must be text, or token ids")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt is empty; generation needs at least one token to continue")
@@ -189,6 +194,8 @@ class LanguageModel:
 
 
 def _settings(settings: GenerationConfig | None, changes: dict[str, object]) -> GenerationConfig:
+    if isinstance(changes.get("stop"), str):
+        changes = changes | {"stop": (changes["stop"],)}
     return from_dict(GenerationConfig, to_dict(settings or GenerationConfig()) | changes)
 
 
@@ -218,6 +225,8 @@ def load(
     if not RunFolder(folder).exists():
         raise FileNotFoundError(f"{folder} is neither a run nor a model: it has no config.json")
     described = read_json(folder / "config.json")
+    if "model_type" not in described and "format" not in described:
+        raise ValueError(f"{folder / 'config.json'} names no model_type, as a model's would, and is not a run's either")
     if "model_type" in described:
         return _load_published(folder, described, dtype or "float32")
     return _load_run(RunFolder(folder), checkpoint, dtype)
@@ -264,8 +273,9 @@ def _published_stop_tokens(folder: Path, values: dict[str, Any], tokenizer: Toke
     if named is None:
         named = [] if tokenizer.end_of_text is None else tokenizer.end_of_text
     stops = named if isinstance(named, list) else [named]
-    if not all(isinstance(token, int) for token in stops):
-        raise ValueError(f"eos_token_id in {folder} is {named!r}; it must be a token id, or several")
+    size = values.get("vocab_size", tokenizer.vocab_size)
+    if not all(isinstance(token, int) and 0 <= token < size for token in stops):
+        raise ValueError(f"eos_token_id in {folder} is {named!r}; it must be an id of the {size} tokens, or several")
     return tuple(stops)
 
 

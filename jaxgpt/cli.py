@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
-from jaxgpt import recipes
+from jaxgpt import __version__, recipes
 from jaxgpt.arguments import parse
 from jaxgpt.config import GenerationConfig, TrainConfig, from_dict, require, suggestion
 from jaxgpt.training.report import make_reporter
@@ -170,6 +171,9 @@ def _run(arguments: list[str]) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     verb, *rest = arguments
+    if verb == "--version":
+        print(f"jaxgpt {__version__}")
+        return 0
     if verb not in verbs:
         raise ValueError(f"there is no verb {verb}{suggestion(verb, verbs)}")
     return verbs[verb](rest)
@@ -220,8 +224,10 @@ def _generate(arguments: list[str]) -> int:
     model = _load(options)
     prompts = options.prompt or (sys.stdin.read(),)
     if not options.json and len(prompts) == settings.samples == settings.beams == 1:
-        for index, piece in enumerate(model.stream(prompts[0], settings)):
-            print(prompts[0] + piece if index == 0 else piece, end="", flush=True)
+        pieces = model.stream(prompts[0], settings)  # refuses what is wrong before anything is printed
+        print(prompts[0], end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
         print()
         return 0
     for number, generated in enumerate(model.generate_batch(prompts, settings)):
@@ -261,6 +267,7 @@ def _verify(arguments: list[str]) -> int:
     passed = True
     for check in verify.checks(_load(options), reference=options.reference):
         record = dataclasses.asdict(check) | {"passed": check.passed}
+        record["measured"] = check.measured if math.isfinite(check.measured) else None  # JSON has no NaN
         print(json.dumps(record) if options.json else verify.line(check), flush=True)
         passed &= check.passed
     return 0 if passed else 1

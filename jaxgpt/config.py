@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -332,6 +333,7 @@ class GenerationConfig:
             require(value is None or 0 < value <= 1, f"{option} is {value}; it must be in (0, 1]")
         penalty = self.repetition_penalty
         require(penalty > 0, f"repetition-penalty is {penalty}; it must be positive")
+        require(math.isfinite(self.length_penalty), f"length-penalty is {self.length_penalty}; it must be finite")
         require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2**31)")
         require("" not in self.stop, "stop is an empty string, which is everywhere")
         limit = self.max_new_tokens

@@ -96,6 +96,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError, ValueError: text that is absent, not UTF-8, or too short to predict anything.
+        FloatingPointError: the loss is not finite.
     """
     context = model.config.context
     stride = context // 2 or 1 if stride is None else stride
@@ -115,8 +116,10 @@ def evaluate(
 
     total, count = 0.0, 0
     with open(per_token or os.devnull, "w", encoding="utf-8") as file:
+        rows = 0
         for batch in _batches(cut(), batch_size):
-            for window, losses in zip(batch, _losses(model, batch, batch_size), strict=True):
+            rows = rows or len(batch)  # of a short text fewer than asked for
+            for window, losses in zip(batch, _losses(model, batch, rows), strict=True):
                 total += float(losses.sum(dtype=np.float64))
                 count += len(losses)
                 if per_token is not None:
@@ -126,6 +129,8 @@ def evaluate(
     if count == 0:
         raise ValueError(f"{' '.join(data)} has no token to predict: a document needs at least two")
     mean = total / count
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the loss is {mean}; jaxgpt verify says more about the model's weights")
     return Evaluation(
         documents, count, size, mean, math.exp(min(mean, 700.0)), total / math.log(2) / max(size, 1), context, stride
     )

@@ -1,6 +1,7 @@
 """The public face: what others wrote is loaded, generation keeps its promises, what is exported comes back."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -75,3 +76,88 @@ def test_a_model_stops_at_the_end_of_the_text():
         generated = dataclasses.replace(quiet, parameters=parameters).generate("b", GREEDY, max_new_tokens=3)
         assert (generated.finish_reason, generated.tokens) == (reason, tokens)
         assert generated.text == "A" * len(tokens)
+
+
+def test_settings_come_as_fields_or_as_changes(model):
+    settings = GenerationConfig(max_new_tokens=5, temperature=0.0, stop=("q",))
+    assert model.generate("ab", settings) == model.generate("ab", max_new_tokens=5, temperature=0, stop="q")
+    with pytest.raises(ValueError, match="unknown key temprature; did you mean temperature"):
+        model.generate("ab", temprature=1.0)
+    with pytest.raises(ValueError, match="samples is 2; generate_batch returns several"):
+        model.generate("ab", samples=2)
+    assert len(model.generate_batch(["ab", [1, 2]], samples=2, max_new_tokens=2)) == 4
+    assert model.generate_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty"), ([], "the prompt is empty"), ([257], "token id 257, outside the vocabulary of 257"),
+        ([-1], "token id -1"), (b"ab", "the prompt is bytes"), ("a\udc80", "lone surrogate"),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_is_none_is_refused(model, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt, max_new_tokens=1)
+
+
+def test_more_beams_than_tokens_are_refused(model):
+    with pytest.raises(ValueError, match="beams is 300, more than the vocabulary of 257"):
+        model.generate("ab", beams=300, max_new_tokens=1)
+    with pytest.raises(ValueError, match="stop strings have no meaning with beams"):
+        model.generate("ab", beams=2, stop="x", max_new_tokens=1)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.5}, {"beams": 2}])
+def test_a_model_that_is_not_finite_does_not_write(model, changes):
+    parameters = jax.tree.map(lambda leaf: leaf * jnp.nan, model.parameters)
+    with pytest.raises(FloatingPointError, match="not finite; jaxgpt verify says more"):
+        dataclasses.replace(model, parameters=parameters).generate("ab", max_new_tokens=2, **changes)
+
+
+def test_what_is_exported_comes_back_with_what_stops_it(model, tmp_path):
+    model = dataclasses.replace(model, stop_tokens=(256, 10))
+    api.export(model, tmp_path / "out")
+    again = api.load(tmp_path / "out")
+    assert again.stop_tokens == (256, 10) and again.config == dataclasses.replace(model.config, unroll=None)
+    jax.tree.map(np.testing.assert_array_equal, again.parameters, model.parameters)
+    settings = GenerationConfig(max_new_tokens=6, seed=4)
+    assert again.generate("ab", settings) == model.generate("ab", settings)
+    with pytest.raises(FileExistsError, match="not empty"):
+        api.export(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"model_type": None}, "a model of type None"),
+        ("config.json", {"vocab_size": 200}, "the tokenizer in .* has ids up to 256, and the embedding only 200 rows"),
+        ("generation_config.json", {"eos_token_id": 9999}, "eos_token_id in .* is 9999; it must be an id of the 257"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id in"),
+    ],
+)
+def test_a_folder_that_contradicts_itself_is_refused(model, tmp_path, file, change, message):
+    api.export(model, tmp_path / "out")
+    path = tmp_path / "out" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        api.load(tmp_path / "out")
+
+
+def test_what_is_no_model_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a run nor a model: it has no config"):
+        api.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no model_type"):
+        api.load(tmp_path)
+
+
+def test_bfloat16_on_request(model, tmp_path):
+    api.export(model, tmp_path / "out")
+    half = api.load(tmp_path / "out", dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.parameters)} == {jnp.dtype(jnp.bfloat16)}
+    assert len(half.generate("ab", GREEDY, max_new_tokens=3).tokens) == 3
+
+
+def test_what_is_printed_of_a_model_is_short(model):
+    assert len(repr(model)) < 1000 and "257 tokens" in repr(model)

@@ -127,6 +127,8 @@ def test_what_is_not_given_stays_the_recipes():
 def test_help_lists_verbs_and_recipes(capsys):
     assert main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("jaxgpt ")
     assert main([]) == 2
     capsys.readouterr()
     assert main(["train", "--help"]) == 0
@@ -162,5 +164,9 @@ def test_train_then_generate(capsys, tmp_path, monkeypatch):
     assert first["finish_reason"] in ("stop", "length") and all(isinstance(token, int) for token in first["tokens"])
     assert main([*common, "--prompt", "ab"]) == 0
     assert capsys.readouterr().out == "ab" + first["text"] + "\n"
+    assert main([*common, "--prompt", "ab", "--stop-tokens", *map(str, range(257))]) == 0
+    assert capsys.readouterr().out == "ab\n", "the prompt is printed also where nothing follows"
+    assert main([*common, "--prompt", "ab", "c", "--samples", "2"]) == 0
+    assert capsys.readouterr().out.count("---\n") == 3
     assert main([*common, "--prompt", "abcdefgh"]) == 2
     assert "4 more than the context of 8" in capsys.readouterr().err

@@ -56,6 +56,9 @@ class Tokenizer:
             t["content"]: t["id"] for t in description["added_tokens"] if t["special"]
         }
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size:,} tokens)"
+
     @property
     def separator(self) -> int:
         """The end-of-text token, which stands between documents.

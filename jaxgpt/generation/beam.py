@@ -91,6 +91,7 @@ def beam_search(
 
     Raises:
         ValueError: an empty prompt, or more beams than the vocabulary has tokens.
+        FloatingPointError: the model's logits are NaN.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("the prompt is empty; generation needs at least one token to continue")
@@ -111,6 +112,8 @@ def beam_search(
             logits[:, 0], rule, padded(seen, bucket(max(map(len, seen)))), np.array(list(map(len, seen)), np.int32),
             too_early, np.array([beam.score for _, beam in beams]), beams=config.beams, count=count,
         )  # fmt: skip
+        if np.isnan(totals).any():
+            raise FloatingPointError("the model's logits are not finite; jaxgpt verify says more about its weights")
         parents, tokens = np.divmod(np.asarray(places), logits.shape[-1])
         rows = np.arange(len(beams))
         for number, search in enumerate(searches):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -106,6 +107,7 @@ class Decoder:
 
         Raises:
             ValueError: an empty prompt.
+            FloatingPointError: the model's logits are NaN.
         """
         if any(not text.tokens for text in texts):
             raise ValueError("the prompt is empty; generation needs at least one token to continue")
@@ -176,6 +178,8 @@ def _accept(
     for place, (token, logprob) in enumerate(chosen):
         if text.finish is not None or (place and guesses[place - 1] != text.tokens[-1]):
             return
+        if math.isnan(logprob):
+            raise FloatingPointError("the model's logits are not finite; jaxgpt verify says more about its weights")
         if token in stop_tokens:
             text.finish = "stop"
             return

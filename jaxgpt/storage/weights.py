@@ -184,8 +184,9 @@ def read_parameters(
         for name, wanted in _layers(names[leaf], shape):
             if name not in tensors:
                 raise ValueError(f"the weights have no tensor {name}, which the config asks for")
-            if tensors[name].shape != wanted:
-                raise ValueError(f"{name} has the shape {tensors[name].shape}, and the config asks for {wanted}")
+            found = tensors[name]
+            if found.shape != wanted:
+                raise ValueError(f"{found.path}: {found.name} has the shape {found.shape}, and the config has {wanted}")
     _check_nothing_is_left(tensors, config)
     return {leaf: place(_read(tensors, names[leaf], shape, dtype)) for leaf, shape in shapes.items()}
 
