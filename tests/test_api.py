@@ -92,7 +92,7 @@ def test_settings_come_as_fields_or_as_changes(model):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", "the prompt is empty"), ([], "the prompt is empty"), ([257], "token id 257, outside the vocabulary of 257"),
+        ("", "the prompt is empty"), ([], "the prompt is empty"), ([257], "token id 257, outside the vocabulary of"),
         ([-1], "token id -1"), (b"ab", "the prompt is bytes"), ("a\udc80", "lone surrogate"),
     ],
 )  # fmt: skip

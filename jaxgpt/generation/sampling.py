@@ -32,7 +32,7 @@ def keep_top_p(logits: Float[Array, "B V"], p: Number) -> Float[Array, "B V"]:
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     probability = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    keep = jnp.zeros(logits.shape, bool).at[jnp.arange(logits.shape[0])[:, None], order].set(before < p)
+    keep = jnp.zeros(logits.shape, bool).at[jnp.arange(logits.shape[0])[:, None], order].set((before < p) | (p >= 1))
     return jnp.where(keep, logits, -jnp.inf)
 
 
@@ -69,7 +69,6 @@ def ban_repeated_ngrams(
     for offset in range(n - 1):
         newest = jnp.take_along_axis(seen, jnp.maximum(counts[:, None] - n + 1 + offset, 0), axis=1)
         same &= seen[:, offset : length - n + 1 + offset] == newest
-    same &= counts[:, None] >= n
     banned = jnp.zeros(logits.shape, bool).at[rows, seen[:, n - 1 :]].max(same)
     return jnp.where(banned, -jnp.inf, logits)
 
