@@ -4,7 +4,6 @@ import json
 import sys
 import threading
 
-import jax
 import pytest
 
 from jaxgpt.arguments import parse
@@ -17,13 +16,7 @@ SMALL |= {"data.tokenizer": "byte", "data.batch-size": 4, "steps": 2, "sample-to
 TINY = [f"--{key}={value}" for key, value in SMALL.items()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Somewhere harmless for compiled programs, and the setting as it was afterwards."""
-    before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 @pytest.fixture(autouse=True)

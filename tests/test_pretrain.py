@@ -18,13 +18,7 @@ from jaxgpt.training.step import evaluate_step
 STEPS = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Somewhere harmless for compiled programs, and the setting as it was afterwards."""
-    before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 def make_config(folder, **changes):

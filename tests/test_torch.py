@@ -3,7 +3,6 @@
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
@@ -21,13 +20,7 @@ SEEDS = range(10)
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Somewhere harmless for compiled programs, and the setting as it was afterwards."""
-    before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 def random_model(seed):
@@ -72,13 +65,6 @@ def folder(request, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def in_float64():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 def test_logits_gradients_and_steps_are_equal(folder):
     model = api.load(folder)
     tokens = verify.random_tokens(model.config, 3, seed=1)
@@ -88,7 +74,7 @@ def test_logits_gradients_and_steps_are_equal(folder):
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_generated_tokens_are_equal(folder, in_float64, beams):
+def test_generated_tokens_are_equal(folder, x64, beams):
     """In float64 on both sides; prompts of several lengths, whose batch here is one by one there."""
     ours, theirs = api.load(folder, dtype="float64"), reference.load_torch(folder, "float64")
     for block in theirs.transformer.h:
@@ -117,7 +103,7 @@ def test_generated_tokens_are_equal(folder, in_float64, beams):
     ],
     ids=lambda changes: "-".join(changes),
 )
-def test_rules_of_generation_are_equal(tmp_path, in_float64, changes):
+def test_rules_of_generation_are_equal(tmp_path, x64, changes):
     random_model(0).save_pretrained(tmp_path)
     byte_tokenizer().save(tmp_path / "tokenizer.json")
     ours, theirs = api.load(tmp_path, dtype="float64"), reference.load_torch(tmp_path, "float64")
