@@ -14,7 +14,6 @@ from typing import Any, Literal
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxgpt.config import Dtype, GenerationConfig, GPTConfig, TrainConfig, from_dict, to_dict
 from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
@@ -23,7 +22,7 @@ from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import Decoder, Text, gpt_decoder
 from jaxgpt.generation.text import Writer, write
 from jaxgpt.models.gpt import Parameters, decoding_parameters, init_parameters
-from jaxgpt.storage.checkpoint import Checkpoints
+from jaxgpt.storage.checkpoint import Checkpoints, by_path
 from jaxgpt.storage.hub import find_model
 from jaxgpt.storage.huggingface import config_from_hf, config_to_hf
 from jaxgpt.storage.runs import RunFolder, write_atomically
@@ -258,7 +257,7 @@ def _load_published(folder: Path, values: dict[str, Any], dtype: Dtype) -> Langu
         )
     tensors = open_weights(folder)
     config = fitting_config(tensors, config)
-    shapes = {name: leaf.shape for name, leaf in _by_path(_shapes(config)).items()}
+    shapes = {name: leaf.shape for name, leaf in by_path(_shapes(config)).items()}
     place = functools.partial(jax.device_put, device=jax.local_devices()[0])
     leaves = read_parameters(tensors, config, shapes, jnp.dtype(dtype), place)
     parameters = flax.traverse_util.unflatten_dict(leaves, sep="/")
@@ -294,8 +293,7 @@ def export(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty; give another --out")
     path.mkdir(parents=True, exist_ok=True)
-    leaves = {name: np.asarray(leaf) for name, leaf in _by_path(model.parameters).items()}
-    write_weights(path, export_tensors(config, leaves))
+    write_weights(path, export_tensors(config, by_path(model.parameters)))
     model.tokenizer.save(path / "tokenizer.json")
     stops = list(model.stop_tokens)
     files = {
@@ -309,10 +307,6 @@ def export(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
 
 def _shapes(config: GPTConfig) -> Any:
     return jax.eval_shape(functools.partial(init_parameters, config), jax.random.key(0))
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 def _tokenizer_config(model: LanguageModel) -> dict[str, Any]:

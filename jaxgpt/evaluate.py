@@ -20,7 +20,7 @@ from jaxgpt.config import DataConfig, GPTConfig
 from jaxgpt.data.corpus import open_corpus
 from jaxgpt.generation.decode import bucket, padded
 from jaxgpt.models.gpt import GPT, Parameters, output_head
-from jaxgpt.models.losses import unembed
+from jaxgpt.models.losses import negative_log_likelihood, unembed
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ def token_losses(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "
     hidden, _ = GPT(config).apply({"params": parameters}, tokens[:, :-1])
 
     def losses(row: tuple[Float[Array, "T D"], Int[Array, " T"]]) -> Float[Array, " T"]:
-        logits = unembed(row[0], output_head(parameters))
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, row[1][:, None], axis=-1)[:, 0]
+        return negative_log_likelihood(unembed(row[0], output_head(parameters)), row[1])
 
     return jax.lax.map(losses, (hidden, tokens[:, 1:]))  # a row at a time: the logits of all would be gigabytes
 

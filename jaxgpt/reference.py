@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxgpt.config import GPTConfig, OptimizerConfig
 from jaxgpt.models.gpt import GPT, Parameters, output_head
 from jaxgpt.models.losses import cross_entropy, unembed
+from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.weights import export_tensors
 from jaxgpt.training.optimizer import make_optimizer
 
@@ -66,7 +67,8 @@ def load_torch(folder: Path, dtype: str = "float32") -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+def logits(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Logits of what follows each token, the whole sequence at once, without a cache."""
     hidden, _ = GPT(config).apply({"params": parameters}, tokens)
     return unembed(hidden, output_head(parameters))
 
@@ -78,8 +80,8 @@ def _step(
     """Gradients of the mean negative log-likelihood of all tokens but the first; parameters and state after a step."""
 
     def mean_loss(parameters: Parameters) -> Float[Array, ""]:
-        logits = _logits(config, parameters, tokens)[:, :-1]
-        total, weight = cross_entropy(logits, tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, logits.dtype))
+        predicted = logits(config, parameters, tokens)[:, :-1]
+        total, weight = cross_entropy(predicted, tokens[:, 1:], jnp.ones(tokens[:, 1:].shape, predicted.dtype))
         return total / weight
 
     gradients = jax.grad(mean_loss)(parameters)
@@ -96,12 +98,12 @@ def compare(config: GPTConfig, parameters: Parameters, theirs: Any, tokens: Int[
     def apart(parameters: Parameters) -> tuple[float, float]:
         with torch.no_grad():
             expected = theirs(inputs).logits.double().numpy()
-        ours = np.asarray(_logits(config, parameters, jnp.asarray(tokens)), np.float64)
+        ours = np.asarray(logits(config, parameters, jnp.asarray(tokens)), np.float64)
         return float(np.abs(ours - expected).max()), float(np.abs(expected).max())
 
-    logits, largest = apart(parameters)
+    before, largest = apart(parameters)
     named = dict(theirs.named_parameters())
-    ours = set(export_tensors(config, _by_path(parameters), zero_biases=False))
+    ours = set(export_tensors(config, by_path(parameters), zero_biases=False))
     for name, parameter in named.items():  # biases that our model does not have stay zero in theirs
         parameter.requires_grad_(name in ours)
     trained = [named[name] for name in sorted(ours)]
@@ -119,10 +121,10 @@ def compare(config: GPTConfig, parameters: Parameters, theirs: Any, tokens: Int[
         theirs(inputs, labels=inputs).loss.backward()
         gradients, parameters, state = _step(config, parameters, state, jnp.asarray(tokens), jnp.float32(step))
         if step == 1:
-            worst, tensor = _worst(export_tensors(config, _by_path(gradients), zero_biases=False), named)
+            worst, tensor = _worst(export_tensors(config, by_path(gradients), zero_biases=False), named)
         torch.nn.utils.clip_grad_norm_(trained, SETTINGS.clip_norm or 0.0)
         torch_optimizer.step()
-    return Differences(logits, worst, tensor, apart(parameters)[0], largest)
+    return Differences(before, worst, tensor, apart(parameters)[0], largest)
 
 
 def _worst(gradients: Mapping[str, np.ndarray], named: Mapping[str, Any]) -> tuple[float, str]:
@@ -135,8 +137,3 @@ def _worst(gradients: Mapping[str, np.ndarray], named: Mapping[str, Any]) -> tup
         )
     name = max(relative, key=relative.__getitem__)
     return relative[name], name
-
-
-def _by_path(tree: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}

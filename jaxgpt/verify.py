@@ -19,11 +19,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgpt import api
+from jaxgpt import reference as torch_reference
 from jaxgpt.api import LanguageModel
 from jaxgpt.config import GPTConfig
 from jaxgpt.models.attention import KVCache
-from jaxgpt.models.gpt import GPT, Parameters, decode_step, output_head, prefill
-from jaxgpt.models.losses import unembed
+from jaxgpt.models.gpt import decode_step, output_head, prefill
+from jaxgpt.reference import logits
 
 LONGEST = 64  # tokens a row: enough to see a difference, quick with the largest model
 # Rounding of the compute dtype, many sums deep.
@@ -56,8 +57,6 @@ def checks(model: LanguageModel, *, reference: Literal["none", "hf"] = "none", s
         ValueError: `reference="hf"` without torch and transformers, or a model that has no counterpart there.
     """
     if reference == "hf":
-        from jaxgpt import reference as torch_reference
-
         torch_reference.require_torch()
     yield from _weights(model)
     yield from _decoding(model, seed)
@@ -78,13 +77,6 @@ def random_tokens(config: GPTConfig, rows: int, seed: int) -> Int[np.ndarray, "B
     """Rows of random ids, as long as the context but at most LONGEST."""
     shape = (rows, min(config.context, LONGEST))
     return np.random.default_rng(seed).integers(0, config.vocab_size or 1, shape, dtype=np.int32)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-    """Logits of what follows each token, the whole sequence at once, without a cache."""
-    hidden, _ = GPT(config).apply({"params": parameters}, tokens)
-    return unembed(hidden, output_head(parameters))
 
 
 def difference(one: Float[Array, ...], other: Float[Array, ...]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt.config import GenerationConfig
-from jaxgpt.generation.decode import Decoder, bucket, padded
+from jaxgpt.generation.decode import NOT_FINITE, Decoder, bucket, padded
 from jaxgpt.generation.sampling import Rules, process_logits, rules
 
 OUT = -1e9  # the score of what is out of the running
@@ -93,8 +93,6 @@ def beam_search(
         ValueError: an empty prompt, or more beams than the vocabulary has tokens.
         FloatingPointError: the model's logits are NaN.
     """
-    if any(not prompt for prompt in prompts):
-        raise ValueError("the prompt is empty; generation needs at least one token to continue")
     start = [Beam((), (), 0.0)] + [Beam((), (), OUT)] * (config.beams - 1)
     searches = [Search(prompt, limit, list(start), []) for prompt, limit in zip(prompts, limits, strict=True)]
     first, cache = decoder.prefill(parameters, [prompt for prompt in prompts for _ in start], max(limits))
@@ -106,14 +104,17 @@ def beam_search(
     count = min(max(2, 1 + len(stop_tokens)) * config.beams, config.beams * logits.shape[-1])
     while True:
         beams = [(search, beam) for search in searches for beam in search.running]
-        seen = [[*search.prompt, *beam.tokens] for search, beam in beams]
+        counts = np.array([len(search.prompt) + len(beam.tokens) for search, beam in beams], np.int32)
+        seen = None
+        if rule.need_history:
+            seen = padded([[*search.prompt, *beam.tokens] for search, beam in beams], bucket(int(counts.max())))
         too_early = np.array([len(beam.tokens) < config.min_new_tokens for _, beam in beams])
         totals, places = _best(
-            logits[:, 0], rule, padded(seen, bucket(max(map(len, seen)))), np.array(list(map(len, seen)), np.int32),
-            too_early, np.array([beam.score for _, beam in beams]), beams=config.beams, count=count,
+            logits[:, 0], rule, seen, counts, too_early, np.array([beam.score for _, beam in beams]),
+            beams=config.beams, count=count,
         )  # fmt: skip
         if np.isnan(totals).any():
-            raise FloatingPointError("the model's logits are not finite; jaxgpt verify says more about its weights")
+            raise FloatingPointError(NOT_FINITE)
         parents, tokens = np.divmod(np.asarray(places), logits.shape[-1])
         rows = np.arange(len(beams))
         for number, search in enumerate(searches):
@@ -136,7 +137,7 @@ def beam_search(
 def _best(
     logits: Float[Array, "R V"],
     rule: Rules,
-    seen: Int[Array, "R S"],
+    seen: Int[Array, "R S"] | None,
     counts: Int[Array, " R"],
     too_early: Bool[Array, " R"],
     scores: Float[Array, " R"],

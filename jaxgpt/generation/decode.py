@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import GenerationConfig, GPTConfig
-from jaxgpt.generation.sampling import choose_token, rules
+from jaxgpt.generation.sampling import Rules, choose_token, rules
 from jaxgpt.models import gpt
 from jaxgpt.models.attention import KVCache
 
@@ -29,6 +29,7 @@ Step = Callable[[Any, Int[Array, "B T"], KVCache], tuple[Float[Array, "B T V"], 
 
 LONGEST_NGRAM = 3  # what the newest tokens must have in common with earlier ones for a guess, at most
 SMALLEST_BUCKET = 16
+NOT_FINITE = "the model's logits are not finite; jaxgpt verify says more about its weights"
 
 
 @dataclass
@@ -53,6 +54,11 @@ class Text:
         """The new tokens."""
         return self.tokens[self.prompt :]
 
+    @property
+    def made(self) -> int:
+        """How many they are."""
+        return len(self.tokens) - self.prompt
+
 
 class Decoder:
     """A model's `prefill` and `decode_step`, compiled for buckets of lengths, so that a new length rarely compiles."""
@@ -70,7 +76,12 @@ class Decoder:
         """Read token sequences of any lengths; the cache has room for `room` more each, up to the context, and `slack`.
 
         Equal sequences are read once.
+
+        Raises:
+            ValueError: a sequence is empty.
         """
+        if not all(windows):
+            raise ValueError("the prompt is empty; generation needs at least one token to continue")
         number: dict[tuple[int, ...], int] = {}
         for window in windows:
             number.setdefault(tuple(window), len(number))
@@ -109,24 +120,23 @@ class Decoder:
             ValueError: an empty prompt.
             FloatingPointError: the model's logits are NaN.
         """
-        if any(not text.tokens for text in texts):
-            raise ValueError("the prompt is empty; generation needs at least one token to continue")
+        rule = rules(config, stop_tokens)
         begin = [max(0, len(text.tokens) - self.context) for text in texts]
         while True:
             windows = [
                 text.tokens[start:] if text.finish is None else text.tokens[-1:]
                 for text, start in zip(texts, begin, strict=True)
             ]
-            room = max(text.limit - len(text.new) for text in texts)
+            room = max(text.limit - text.made for text in texts)
             first, cache = self.prefill(parameters, windows, room, config.lookup)
             logits = first[:, None]
             guesses: list[list[int]] = [[] for _ in texts]
             while True:
-                chosen = self._choose(logits, texts, guesses, config, stop_tokens)
+                chosen = self._choose(logits, texts, guesses, config, rule)
                 for row, text in enumerate(texts):
                     # A position beyond the context is no position: what was computed there does not count.
                     space = self.context - (len(text.tokens) - 1 - begin[row])
-                    _accept(text, chosen[row][: max(1, space)], guesses[row], stop_tokens)
+                    _accept(text, chosen[row][:space], guesses[row], stop_tokens)
                 yield
                 going = [row for row, text in enumerate(texts) if text.finish is None]
                 if not going:
@@ -148,10 +158,9 @@ class Decoder:
         texts: Sequence[Text],
         guesses: Sequence[Sequence[int]],
         config: GenerationConfig,
-        stop_tokens: Sequence[int],
+        rule: Rules,
     ) -> list[list[tuple[int, float]]]:
         """The token at each of the T places of each row, were the guesses before it right, and its log-probability."""
-        rule = rules(config, stop_tokens)
         rows = [
             (text, ahead[:place])
             for text, ahead in zip(texts, guesses, strict=True)
@@ -179,13 +188,13 @@ def _accept(
         if text.finish is not None or (place and guesses[place - 1] != text.tokens[-1]):
             return
         if math.isnan(logprob):
-            raise FloatingPointError("the model's logits are not finite; jaxgpt verify says more about its weights")
+            raise FloatingPointError(NOT_FINITE)
         if token in stop_tokens:
             text.finish = "stop"
             return
         text.tokens.append(token)
         text.logprobs.append(logprob)
-        if len(text.new) >= text.limit:
+        if text.made >= text.limit:
             text.finish = "length"
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import GenerationConfig
+from jaxgpt.models.losses import negative_log_likelihood
 
 Number = float | Float[Array, ""]
 
@@ -176,5 +177,4 @@ def choose_token(
     token = sample_token(
         filter_logits(allowed, rules), row_keys(seed, samples, positions), greedy=rules.temperature is None
     )
-    logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-    return token, logprob
+    return token, -negative_log_likelihood(logits, token)

@@ -57,7 +57,7 @@ def write(steps: Iterator[None], texts: Sequence[Text], writers: Sequence[Writer
     for _ in steps:
         gained = []
         for number, (text, writer) in enumerate(zip(texts, writers, strict=True)):
-            piece = writer.push(text.new[writer.taken :])
+            piece = writer.push(text.tokens[text.prompt + writer.taken :])
             if writer.stopped and not ended[number]:
                 text.finish = "stop"
                 del text.tokens[text.prompt + writer.taken :], text.logprobs[writer.taken :]

@@ -25,6 +25,12 @@ def unembed(hidden: Float[Array, "... D"], head: Float[Array, "V D"]) -> Float[A
     return logits.reshape(*hidden.shape[:-1], head.shape[0])
 
 
+def negative_log_likelihood(logits: Float[Array, "... V"], targets: Int[Array, ...]) -> Float[Array, ...]:
+    """-log softmax(logits) at each target, in nats."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
 def cross_entropy(
     logits: Float[Array, "... V"], targets: Int[Array, ...], weights: Float[Array, ...]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -33,6 +39,4 @@ def cross_entropy(
     A sum and a weight instead of a mean, so that micro-batches, devices and hosts can be added up and divided once.
     Masking is by weight; no token id means padding.
     """
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum((normalizer - picked) * weights), jnp.sum(weights)
+    return jnp.sum(negative_log_likelihood(logits, targets) * weights), jnp.sum(weights)

@@ -151,7 +151,7 @@ class Checkpoints:
 
 def _check_fit(wanted: Trees, metadata: Trees, names: Collection[str]) -> None:
     """Raise `ValueError` at the first leaf that is in the checkpoint or in `wanted` alone, or differs in its shape."""
-    here, there = _by_path(wanted), _by_path(metadata)
+    here, there = by_path(wanted), by_path(metadata)
     for name in sorted(here.keys() ^ {name for name in names if name.partition("/")[0] in wanted}):
         raise ValueError(
             f"it has {'no' if name in here else 'a'} {name}, and the model has {'one' if name in here else 'none'}"
@@ -162,14 +162,15 @@ def _check_fit(wanted: Trees, metadata: Trees, names: Collection[str]) -> None:
             raise ValueError(f"{name} is {saved.dtype} {saved.shape} in it, and {leaf.dtype} {leaf.shape} in the model")
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path, as "blocks/mlp/up/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def checksums(tree: Any) -> dict[str, int]:
     """CRC-32 of the bytes of every leaf, by its path in the tree."""
-    return {name: zlib.crc32(_bytes_of(leaf)) for name, leaf in _by_path(tree).items()}
+    return {name: zlib.crc32(_bytes_of(leaf)) for name, leaf in by_path(tree).items()}
 
 
 def _bytes_of(leaf: Any) -> memoryview:

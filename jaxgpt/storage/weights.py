@@ -226,9 +226,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def export_tensors(
-    config: GPTConfig, leaves: Mapping[str, np.ndarray], *, zero_biases: bool = True
-) -> dict[str, np.ndarray]:
+def export_tensors(config: GPTConfig, leaves: Mapping[str, Any], *, zero_biases: bool = True) -> dict[str, np.ndarray]:
     """Our leaves as transformers' tensors, by the names its files have; zeros for biases that the model lacks.
 
     Raises:
@@ -238,7 +236,8 @@ def export_tensors(
     require(not wrong, f"the leaves are not those of a model of this config: {', '.join(wrong)}")
     tensors: dict[str, np.ndarray] = {}
     for leaf, names in tensor_names(config).items():
-        parts = (leaves[leaf],) if isinstance(names, str) else leaves[leaf]
+        whole = np.asarray(leaves[leaf])
+        parts = (whole,) if isinstance(names, str) else whole
         for name, part in zip((names,) if isinstance(names, str) else names, parts, strict=True):
             tensors[name if name == HEAD else PREFIX + name] = np.ascontiguousarray(part)
     if zero_biases and not config.bias:
