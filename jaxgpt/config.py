@@ -27,18 +27,13 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class GPTConfig:
-    """A GPT as published (Radford et al. 2019): pre-norm blocks, learned positions, tanh-GELU, tied head.
-
-    With `norm="post"` it is the first GPT (Radford et al. 2018).
-    """
+class BlockConfig:
+    """What the blocks of every model here are made of."""
 
     vocab_size: int | None = None
     """V, rows of the token embedding (default: as many as the tokenizer has)"""
     context: int = 1024
     """longest sequence the model can see, in tokens"""
-    layers: int = 12
-    """L, number of blocks"""
     heads: int = 12
     """N, attention heads a block"""
     width: int = 768
@@ -53,8 +48,6 @@ class GPTConfig:
     """the same for the attention weights alone (default: dropout)"""
     bias: bool = True
     """biases in the dense layers and the layer norms"""
-    tied_head: bool = True
-    """the output head is the token embedding (Press and Wolf 2017)"""
     positions: Literal["learned", "sinusoidal"] = "learned"
     """positional encoding: a trained table, or the sinusoids of Vaswani et al. 2017"""
     activation: ActivationName = "gelu_new"
@@ -67,8 +60,8 @@ class GPTConfig:
     """divide those of block i by i + 1 as well"""
     norm_epsilon: float = 1e-5
     """added to the variance in every layer norm"""
-    init_std: float = 0.02
-    """standard deviation of the initial weights; residual projections get init_std / sqrt(2 L)"""
+    init_std: float | None = 0.02
+    """standard deviation of the initial weights (None: Glorot and Bengio 2010, from the sides of each matrix)"""
     parameter_dtype: Dtype = "float32"
     """what the parameters are stored in"""
     compute_dtype: Dtype = "float32"
@@ -81,7 +74,7 @@ class GPTConfig:
     """blocks unrolled in the scan over layers (default: all on CPU up to 12 layers, else 1)"""
 
     def __post_init__(self) -> None:
-        for name in ("context", "layers", "heads", "width"):
+        for name in ("context", "heads", "width"):
             require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("vocab_size", "hidden", "unroll"):
             value = getattr(self, name)
@@ -99,7 +92,8 @@ class GPTConfig:
             in_range = share is None or 0.0 <= share < 1.0
             require(in_range, f"model.{name.replace('_', '-')} is {share}; it must be in [0, 1)")
         require(self.norm_epsilon > 0, f"model.norm-epsilon is {self.norm_epsilon}; it must be positive")
-        require(self.init_std > 0, f"model.init-std is {self.init_std}; it must be positive")
+        std = self.init_std
+        require(std is None or std > 0, f"model.init-std is {std}; it must be positive, or None")
 
     @property
     def head_width(self) -> int:
@@ -110,6 +104,77 @@ class GPTConfig:
     def hidden_width(self) -> int:
         """F, width inside the feed-forward layer."""
         return self.hidden if self.hidden is not None else 4 * self.width
+
+
+@dataclass(frozen=True)
+class GPTConfig(BlockConfig):
+    """A GPT as published (Radford et al. 2019): pre-norm blocks, learned positions, tanh-GELU, tied head.
+
+    With `norm="post"` it is the first GPT (Radford et al. 2018).
+    """
+
+    layers: int = 12
+    """L, number of blocks; residual projections start at init_std / sqrt(2 L)"""
+    tied_head: bool = True
+    """the output head is the token embedding (Press and Wolf 2017)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.layers >= 1, f"model.layers is {self.layers}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TransformerConfig(BlockConfig):
+    """The encoder-decoder of "Attention Is All You Need" (Vaswani et al. 2017), base size.
+
+    Post-norm, sinusoidal positions, ReLU; one embedding, scaled by sqrt(D), for source, target and output.
+    """
+
+    context: int = 256
+    """longest source, and longest target, in tokens"""
+    heads: int = 8
+    """N, attention heads a block"""
+    width: int = 512
+    """D, width of the residual stream"""
+    dropout: float = 0.1
+    """share of activations zeroed in training: embeddings and residual branches"""
+    attention_dropout: float | None = 0.0
+    """the same for the attention weights, where the paper has none (None: as dropout)"""
+    positions: Literal["learned", "sinusoidal"] = "sinusoidal"
+    """positional encoding: the sinusoids of the paper, or a trained table"""
+    activation: ActivationName = "relu"
+    """of the feed-forward layer"""
+    norm: Literal["pre", "post"] = "post"
+    """layer norms after each residual sum, as in the paper, or before each sublayer and at the end"""
+    init_std: float | None = None
+    """standard deviation of the initial weights (default: Glorot and Bengio 2010, from the sides of each matrix)"""
+    encoder_layers: int = 6
+    """blocks of the encoder"""
+    decoder_layers: int = 6
+    """blocks of the decoder"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("encoder_layers", "decoder_layers"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def transformer_size(name: str, **changes: Any) -> TransformerConfig:
+    """An encoder-decoder of a published size, with `changes`.
+
+    `base` and `big` are those of Vaswani et al. 2017 (table 3), `tiny` that of Wu et al. 2021.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    sizes: dict[str, dict[str, Any]] = {
+        "tiny": {"encoder_layers": 4, "decoder_layers": 4, "width": 128, "hidden": 256, "heads": 4},
+        "base": {},
+        "big": {"width": 1024, "heads": 16, "dropout": 0.3},
+    }
+    require(name in sizes, f"there is no Transformer of size {name}{suggestion(name, sizes)}")
+    return TransformerConfig(**sizes[name] | changes)
 
 
 def gpt_size(name: str, **changes: Any) -> GPTConfig:

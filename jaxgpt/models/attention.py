@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -53,7 +54,7 @@ def self_attention(
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
     *,
-    mask: Bool[Array, "#B #N T S"] | None = None,
+    mask: Bool[Array, "#B #N #T S"] | None = None,
     scale: Scale = None,
     dropout_rate: float = 0.0,
     dropout_keys: Key[Array, " B"] | None = None,
@@ -66,12 +67,19 @@ def self_attention(
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=dtype)
-    scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    weights = _weights(scores, query, mask, scale)
     weights = dropout(weights, dropout_rate, dropout_keys)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+
+
+def _weights(
+    scores: Float[Array, "B N T S"], query: Float[Array, "B T N H"], mask: Bool[Array, "#B #N #T S"] | None, scale: Scale
+) -> Float[Array, "B N T S"]:
+    """Scores to what each query takes of each value, in the query's dtype."""
+    scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
 
 
 def blocked_masked_self_attention(
@@ -171,6 +179,42 @@ def empty_cache(batch: int, capacity: int) -> KVCache:
     return KVCache((), (), jnp.zeros(batch, jnp.int32), capacity)
 
 
+@flax.struct.dataclass
+class DecoderCache(KVCache):
+    """The cache of a decoder that also looks at a source: besides its own past, the keys and values of that.
+
+    They are projected once, with the first tokens. G sources may each have several rows (R = G x beams, those of a
+    source side by side): what belongs to a source is kept once.
+    """
+
+    source_key: tuple[Float[Array, "G N S H"], ...]
+    source_value: tuple[Float[Array, "G N S H"], ...]
+    source_mask: Bool[Array, "G S"]
+
+    def has_source(self, layer: int) -> bool:
+        """Whether the keys and values of `layer` are there."""
+        return layer < len(self.source_key)
+
+    def start_source(self, key: Float[Array, "G N S H"], value: Float[Array, "G N S H"]) -> DecoderCache:
+        """Add those of the next layer."""
+        return dataclasses.replace(
+            self, source_key=(*self.source_key, key), source_value=(*self.source_value, value)
+        )
+
+    def take(self, rows: Int[Array, " R"], groups: Int[Array, " G"] | None = None) -> DecoderCache:
+        """Return the cache of these rows, in this order; `groups` are their sources, None: the same as before."""
+
+        def taken(tree: Any, places: Int[Array, " n"]) -> Any:
+            return jax.tree.map(lambda x: jnp.take(x, places, axis=0), tree)
+
+        key, value, length = taken((self.key, self.value, self.length), rows)
+        past = dataclasses.replace(self, key=key, value=value, length=length)
+        if groups is None:
+            return past
+        source = taken((self.source_key, self.source_value, self.source_mask), groups)
+        return dataclasses.replace(past, **dict(zip(("source_key", "source_value", "source_mask"), source, strict=True)))
+
+
 def _with(layers: tuple[Array, ...], layer: int, new: Array) -> tuple[Array, ...]:
     return (*layers[:layer], new, *layers[layer + 1 :])
 
@@ -189,11 +233,18 @@ def attend_to_cache(
     query: Float[Array, "B T N H"], cache: KVCache, layer: int, *, scale: Scale = None
 ) -> Float[Array, "B T N H"]:
     """Attention of the T newest tokens of each row, already in the cache at its `length`, to all up to themselves."""
-    key, value = cache.key[layer], cache.value[layer]
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("BTNH,BNSH->BNTS", query, key, preferred_element_type=dtype)
-    scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
     positions = cache.length[:, None] + jnp.arange(query.shape[1])
     mask = jnp.arange(cache.capacity) <= positions[:, None, :, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(dtype).min), axis=-1).astype(query.dtype)
-    return jnp.einsum("BNTS,BNSH->BTNH", weights, value)
+    weights = attention_weights(query, cache.key[layer], mask, scale)
+    return jnp.einsum("BNTS,BNSH->BTNH", weights, cache.value[layer])
+
+
+def attention_weights(
+    query: Float[Array, "B T N H"], key: Float[Array, "B N S H"], mask: Bool[Array, "#B #N #T S"], scale: Scale = None
+) -> Float[Array, "B N T S"]:
+    """How much each query takes of each value, of keys that lie head by head, as in a cache: softmax(Q K^T / sqrt(H)).
+
+    Each row of weights adds up to 1.
+    """
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    return _weights(jnp.einsum("BTNH,BNSH->BNTS", query, key, preferred_element_type=dtype), query, mask, scale)

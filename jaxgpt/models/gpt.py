@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -13,58 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.models.attention import KVCache, Scale, dropout, empty_cache, fold_in
-from jaxgpt.models.layers import MLP, MultiHeadAttention, PositionalEncoding
+from jaxgpt.models.attention import KVCache, empty_cache, fold_in
+from jaxgpt.models.blocks import Parameters, apply_blocks, embedding_dropout, decoding_parameters, vocab_size
+from jaxgpt.models.layers import PositionalEncoding, initializer
 from jaxgpt.models.losses import unembed
-
-Parameters = Mapping[str, Any]
-
-
-class Block(nn.Module):
-    """One Transformer block: x + attention(norm(x)), then x + mlp(norm(x)); with `norm="post"`, norm(x + ...) instead.
-
-    `layer` counts blocks from 0; the dropout keys are the same for all. It is also the step of a scan over layers: `x`
-    is carried and nothing else comes out, since there is no cache then.
-    """
-
-    config: GPTConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        layer: int | Int[Array, ""],
-        dropout_keys: Key[Array, " B"] | None,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        c = self.config
-        keys = fold_in(dropout_keys, layer)
-        weights_dropout = c.dropout if c.attention_dropout is None else c.attention_dropout
-        attention = MultiHeadAttention(
-            c.heads, c.bias, c.init_std, residual_std(c), weights_dropout, c.attention, c.parameter_dtype,
-            c.compute_dtype, name="attention",
-        )  # fmt: skip
-        mlp = MLP(
-            c.hidden_width, c.activation, c.bias, c.init_std, residual_std(c), c.parameter_dtype, c.compute_dtype,
-            name="mlp",
-        )  # fmt: skip
-        attention_norm, mlp_norm = layer_norm(c, "attention_norm"), layer_norm(c, "mlp_norm")
-        before = c.norm == "pre"
-
-        attended, cache = attention(
-            attention_norm(x) if before else x, cache, layer, fold_in(keys, 0), attention_scale(c, layer)
-        )
-        x = x + dropout(attended, c.dropout, fold_in(keys, 1))
-        x = x if before else attention_norm(x)
-        x = x + dropout(mlp(mlp_norm(x) if before else x), c.dropout, fold_in(keys, 2))
-        return x if before else mlp_norm(x), cache
 
 
 class GPT(nn.Module):
     """Decoder-only Transformer. `apply(variables, tokens)` returns hidden states (B, T, D); see `unembed` for logits.
 
-    Parameters of all blocks lie stacked on a leading L axis (`blocks`), applied by a scan; or, for decoding, one by one
-    (see `decoding_parameters`).
+    Its parameters are laid out for training, or for decoding (see `blocks.decoding_parameters`).
     """
 
     config: GPTConfig
@@ -97,12 +54,12 @@ class GPT(nn.Module):
         if length > limit:
             raise ValueError(f"{length} tokens do not fit a context of {limit}")
 
-        init = nn.initializers.normal(c.init_std)
+        init = initializer(c.init_std)
         embedding = nn.Embed(
-            _vocab_size(c), c.width, embedding_init=init, param_dtype=c.parameter_dtype, name="token_embedding"
+            vocab_size(c), c.width, embedding_init=init, param_dtype=c.parameter_dtype, name="token_embedding"
         )
         if not c.tied_head:
-            self.param("head", init, (_vocab_size(c), c.width), c.parameter_dtype)
+            self.param("head", init, (vocab_size(c), c.width), c.parameter_dtype)
         encoding = PositionalEncoding(
             c.context, c.width, c.positions == "learned", c.init_std, c.parameter_dtype, name="position_embedding"
         )
@@ -111,66 +68,13 @@ class GPT(nn.Module):
             # What stands beyond the context is padding, where the NaN of a position that is none would spread.
             positions = jnp.minimum(positions + cache.length[:, None], c.context - 1)
         x = (embedding(tokens) + encoding(positions)).astype(c.compute_dtype)
-        share = c.dropout if c.embedding_dropout is None else c.embedding_dropout
-        x = dropout(x, share, fold_in(dropout_keys, c.layers))
+        x = embedding_dropout(c, x, fold_in(dropout_keys, c.layers))
 
-        if self.has_variable("params", "block_0"):
-            for layer in range(c.layers):
-                x, cache = Block(c, name=f"block_{layer}")(x, layer, dropout_keys, cache)
-        elif cache is None:
-            layers = jnp.arange(c.layers, dtype=jnp.int32)
-            x, _ = _scan_over_layers(c)(c, name="blocks")(x, layers, dropout_keys)
-        else:
-            raise ValueError("with a cache, the parameters must be laid out by decoding_parameters")
+        std = c.init_std and c.init_std / math.sqrt(2 * c.layers)  # Radford et al. 2019, section 2.3
+        x, cache = apply_blocks(self, c, c.layers, x, dropout_keys, cache, output_std=std)
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + length)
-        return layer_norm(c, "final_norm")(x) if c.norm == "pre" else x, cache
-
-
-def layer_norm(config: GPTConfig, name: str) -> nn.LayerNorm:
-    """Layer normalisation (Ba et al. 2016); the variance by two passes, which is what PyTorch computes."""
-    return nn.LayerNorm(
-        epsilon=config.norm_epsilon,
-        use_bias=config.bias,
-        use_fast_variance=False,
-        dtype=config.compute_dtype,
-        param_dtype=config.parameter_dtype,
-        name=name,
-    )
-
-
-def attention_scale(config: GPTConfig, layer: int | Int[Array, ""]) -> Scale:
-    """What multiplies the attention scores of a block; None means 1 / sqrt(H), as published."""
-    if config.scale_attention and not config.scale_attention_by_layer:
-        return None
-    scale = 1.0 / math.sqrt(config.head_width) if config.scale_attention else 1.0
-    return scale / (layer + 1) if config.scale_attention_by_layer else scale
-
-
-def residual_std(config: GPTConfig) -> float:
-    """Initial scale of what is added to the residual stream 2 L times (Radford et al. 2019, section 2.3)."""
-    return config.init_std / math.sqrt(2 * config.layers)
-
-
-def _scan_over_layers(config: GPTConfig) -> Any:
-    """`Block` repeated L times: parameters stacked, one program for all layers, unrolled where that is faster."""
-    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
-    # A rolled scan compiles once whatever L is; on CPU it costs a small model 15-30% of its step.
-    unroll = config.unroll or (config.layers if jax.default_backend() == "cpu" and config.layers <= 12 else 1)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
-        length=config.layers,
-        unroll=min(unroll, config.layers),
-    )
-
-
-def _vocab_size(config: GPTConfig) -> int:
-    if config.vocab_size is None:
-        raise ValueError("model.vocab-size is not set; it is the tokenizer's unless given")
-    return config.vocab_size
+        return x, cache
 
 
 def init_parameters(config: GPTConfig, key: Key[Array, ""]) -> Parameters:
@@ -182,33 +86,6 @@ def init_parameters(config: GPTConfig, key: Key[Array, ""]) -> Parameters:
 def output_head(parameters: Parameters) -> Float[Array, "V D"]:
     """The matrix that turns hidden states into logits: the head if there is one, else the token embedding."""
     return parameters["head"] if "head" in parameters else parameters["token_embedding"]["embedding"]
-
-
-def decoding_parameters(parameters: Parameters) -> Parameters:
-    """Lay the parameters out for decoding: `block_0`, `block_1`, ... one by one, their matrices (out, in).
-
-    A token's work is to read every matrix once. Of stacked ones XLA copies a layer's part first, and the products of a
-    few rows take half as long again with (in, out) (measured on CPU). Same values, twice the memory as long as both are
-    kept; parameters that are laid out already come back as they are.
-    """
-    if "blocks" not in parameters:
-        return parameters
-    blocks = cast(dict[str, Any], parameters["blocks"])
-    layers = len(blocks["attention_norm"]["scale"])
-    rest = {name: leaf for name, leaf in parameters.items() if name != "blocks"}
-    return rest | {f"block_{layer}": _one_transposed_block(blocks, layer) for layer in range(layers)}
-
-
-def _one_transposed_block(blocks: Mapping[str, Any], layer: int) -> Parameters:
-    block: dict[str, Any] = {}
-    for name, leaf in blocks.items():
-        if isinstance(leaf, Mapping):
-            block[name] = _one_transposed_block(leaf, layer)
-        elif name == "kernel":
-            block["transposed"] = leaf[layer].T
-        else:
-            block[name] = leaf[layer]
-    return block
 
 
 def prefill(

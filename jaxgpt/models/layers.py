@@ -9,10 +9,19 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import ActivationName, AttentionName, Dtype
-from jaxgpt.models.attention import KVCache, Scale, attend_to_cache, masked_self_attention
+from jaxgpt.models.attention import (
+    DecoderCache,
+    KVCache,
+    Scale,
+    attend_to_cache,
+    attention_weights,
+    dropout,
+    masked_self_attention,
+    self_attention,
+)
 
 
 def sinusoidal_positions(length: int, width: int) -> Float[Array, "T D"]:
@@ -36,17 +45,21 @@ class PositionalEncoding(nn.Module):
     context: int
     width: int
     learned: bool = True
-    init_std: float = 0.02
+    init_std: float | None = 0.02
     parameter_dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, positions: Int[Array, "*#B T"]) -> Float[Array, "*#B T D"]:
         if self.learned:
-            init = nn.initializers.normal(self.init_std)
-            table = self.param("embedding", init, (self.context, self.width), self.parameter_dtype)
+            table = self.param("embedding", initializer(self.init_std), (self.context, self.width), self.parameter_dtype)
         else:
             table = sinusoidal_positions(self.context, self.width).astype(self.parameter_dtype)
         return jnp.take(table, positions, axis=0)
+
+
+def initializer(std: float | None) -> nn.initializers.Initializer:
+    """Normal with this standard deviation; None: uniform, by the sides of the matrix (Glorot and Bengio 2010)."""
+    return nn.initializers.glorot_uniform() if std is None else nn.initializers.normal(std)
 
 
 class Dense(nn.Module):
@@ -54,12 +67,12 @@ class Dense(nn.Module):
 
     All leading axes are flattened to one first: the gradient of a three-dimensional product makes XLA transpose and
     recompute its neighbours on CPU (a fifth of a small model's step). Where the parameters hold `transposed` (out, in)
-    instead of `kernel`, that is used (see `models.gpt.decoding_parameters`).
+    instead of `kernel`, that is used (see `models.blocks.decoding_parameters`).
     """
 
     features: int
     bias: bool = True
-    init_std: float = 0.02
+    init_std: float | None = 0.02
     parameter_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
 
@@ -69,8 +82,7 @@ class Dense(nn.Module):
         if self.has_variable("params", "transposed"):
             y = (self.get_variable("params", "transposed").astype(self.compute_dtype) @ flat.T).T
         else:
-            init = nn.initializers.normal(self.init_std)
-            kernel = self.param("kernel", init, (x.shape[-1], self.features), self.parameter_dtype)
+            kernel = self.param("kernel", initializer(self.init_std), (x.shape[-1], self.features), self.parameter_dtype)
             y = flat @ kernel.astype(self.compute_dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.parameter_dtype).astype(y.dtype)
@@ -95,8 +107,8 @@ class MLP(nn.Module):
     hidden: int
     activation: ActivationName = "gelu_new"
     bias: bool = True
-    init_std: float = 0.02
-    output_std: float = 0.02
+    init_std: float | None = 0.02
+    output_std: float | None = 0.02
     parameter_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
 
@@ -108,20 +120,20 @@ class MLP(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2.2) of a sequence to its own past.
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2) of a sequence to itself.
 
     One product makes queries, keys and values of all heads, (D, 3 D) in the order of GPT-2's `c_attn`; each head
     attends in its own D / N dimensions; a last product mixes the heads. The width must divide by `heads`.
 
-    Called with x (B, T, D): causal attention within x. Called with a cache too: x continues what the cache holds of
-    `layer`, and the cache with x's own keys and values added comes back. `scale` multiplies the scores (default:
-    1 / sqrt(H)).
+    Called with x (B, T, D): causal attention within x; not causal where a `mask` says which of its positions are real.
+    Called with a cache too: x continues what the cache holds of `layer`, and the cache with x's own keys and values
+    added comes back. `scale` multiplies the scores (default: 1 / sqrt(H)).
     """
 
     heads: int
     bias: bool = True
-    init_std: float = 0.02
-    output_std: float = 0.02
+    init_std: float | None = 0.02
+    output_std: float | None = 0.02
     dropout: float = 0.0
     implementation: AttentionName = "auto"
     parameter_dtype: Dtype = "float32"
@@ -135,16 +147,18 @@ class MultiHeadAttention(nn.Module):
         layer: int | Int[Array, ""] = 0,
         dropout_keys: Key[Array, " B"] | None = None,
         scale: Scale = None,
+        mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         batch, length, width = x.shape
-        if width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide the width {width}")
         dense = partial(Dense, parameter_dtype=self.parameter_dtype, compute_dtype=self.compute_dtype)
         qkv = dense(3 * width, self.bias, self.init_std, name="qkv")(x)
-        query, key, value = (
-            part.reshape(batch, length, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
-        )
-        if cache is not None and isinstance(layer, int) and cache.has(layer):
+        query, key, value = (split_heads(part, self.heads) for part in jnp.split(qkv, 3, axis=-1))
+        if mask is not None:
+            heads = self_attention(
+                query, key, value, mask=mask[:, None, None, :], scale=scale, dropout_rate=self.dropout,
+                dropout_keys=dropout_keys,
+            )  # fmt: skip
+        elif cache is not None and isinstance(layer, int) and cache.has(layer):
             cache = cache.insert(layer, key, value)
             heads = attend_to_cache(query, cache, layer, scale=scale)
         else:
@@ -155,3 +169,61 @@ class MultiHeadAttention(nn.Module):
             )  # fmt: skip
         y = dense(width, self.bias, self.output_std, name="out")(heads.reshape(batch, length, width))
         return y, cache
+
+
+def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T N H"]:
+    """Give each head its own part of the width.
+
+    Raises:
+        ValueError: the heads do not divide it.
+    """
+    if x.shape[-1] % heads:
+        raise ValueError(f"{heads} heads do not divide the width {x.shape[-1]}")
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a decoder to the encoder's output (Vaswani et al. 2017, section 3.2.3).
+
+    One product makes the queries (D, D), one the keys and values of the source (D, 2 D).
+
+    Called with x (B, T, D) and the source (B, S, D), of which `mask` says what is real. Called with a cache that has
+    the source's keys and values of `layer`, the source itself is not looked at; without them they are added. The
+    weights (B, N, T, S) are sown as "weights" among the intermediates, for whoever asks for them.
+    """
+
+    heads: int
+    bias: bool = True
+    init_std: float | None = 0.02
+    output_std: float | None = 0.02
+    dropout: float = 0.0
+    parameter_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        source: Float[Array, "G S D"] | None,
+        mask: Bool[Array, "G S"],
+        cache: DecoderCache | None = None,
+        layer: int | Int[Array, ""] = 0,
+        dropout_keys: Key[Array, " B"] | None = None,
+        scale: Scale = None,
+    ) -> tuple[Float[Array, "B T D"], DecoderCache | None]:
+        width = x.shape[-1]
+        dense = partial(Dense, parameter_dtype=self.parameter_dtype, compute_dtype=self.compute_dtype)
+        query = split_heads(dense(width, self.bias, self.init_std, name="query")(x), self.heads)
+        if cache is not None and isinstance(layer, int) and cache.has_source(layer):
+            key, value = cache.source_key[layer], cache.source_value[layer]
+        else:
+            pair = dense(2 * width, self.bias, self.init_std, name="key_value")(source)
+            key, value = (split_heads(part, self.heads).swapaxes(1, 2) for part in jnp.split(pair, 2, axis=-1))
+            cache = cache and cache.start_source(key, value)
+        # The rows of one source side by side are as many queries to the same keys.
+        together = query.reshape(len(key), -1, *query.shape[2:])
+        weights = attention_weights(together, key, mask[:, None, None, :], scale)
+        self.sow("intermediates", "weights", weights)
+        weights = dropout(weights, self.dropout, dropout_keys)
+        heads = jnp.einsum("BNTS,BNSH->BTNH", weights, value)
+        return dense(width, self.bias, self.output_std, name="out")(heads.reshape(x.shape)), cache
