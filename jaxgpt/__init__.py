@@ -23,7 +23,7 @@ _HOMES = {
     "LanguageModel": "api",
     "export": "api",
     "load": "api",
-    "train": "pretrain",
+    "train": "launch",
     "recipe": "recipes",
 }
 __all__ = ["__version__", *_HOMES]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jaxgpt import __version__, recipes
 from jaxgpt.arguments import parse
-from jaxgpt.config import GenerationConfig, TrainConfig, from_dict, require, suggestion
+from jaxgpt.config import GenerationConfig, require, suggestion
 from jaxgpt.training.report import make_reporter
 
 if TYPE_CHECKING:
@@ -185,13 +185,14 @@ def _train(arguments: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(TRAIN_USAGE.format(recipes=recipes.describe()))
     prog = "python train.py [RECIPE]"
-    config = parse(TrainConfig, arguments, prog, recipes.recipe(recipe))
+    chosen = recipes.recipe(recipe)
+    config = parse(type(chosen), arguments, prog, chosen)
 
     # Everything below needs JAX; what is above answers without it.
-    from jaxgpt import pretrain
+    from jaxgpt import launch
     from jaxgpt.storage.runs import RunFolder
 
-    run = RunFolder(pretrain.run_path(config, recipe))
+    run = RunFolder(launch.run_path(config, recipe))
     if config.resume == "latest" and not run.exists():
         started = named is not None or any(flag.startswith(("--data", "--model", "--optimizer")) for flag in arguments)
         require(started, f"there is no run in {run.path} to resume; name a recipe or its data to start one")
@@ -202,11 +203,11 @@ def _train(arguments: list[str]) -> int:
             f"{run.path} was trained with the recipe {description['recipe']}, not {named}",
         )
         recipe = description["recipe"]
-        saved = dataclasses.replace(from_dict(TrainConfig, description["config"]), out=str(run.path))
-        config = parse(TrainConfig, arguments, prog, saved)
+        saved = dataclasses.replace(launch.saved_config(run), out=str(run.path))
+        config = parse(type(saved), arguments, prog, saved)
     report = make_reporter(config.quiet)
-    outcome, run = pretrain.train(config, recipe=recipe, report=report)
-    report.say(pretrain.summary(outcome, run))
+    outcome, run = launch.train(config, recipe=recipe, report=report)
+    report.say(launch.summary(outcome, run))
     return STOPPED if outcome.interrupted else 0
 
 

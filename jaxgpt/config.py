@@ -229,6 +229,49 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class PairsConfig:
+    """Where parallel text comes from, how it becomes tokens, and how many make a batch."""
+
+    path: tuple[str, ...] = ()
+    """two aligned text files, source then target, or one .tsv or .jsonl (default: phrases made by rule)"""
+    validation: tuple[str, ...] = ()
+    """the same for the pairs held out (default: a share of those in path)"""
+    source_field: str = "source"
+    """the field of a .jsonl line that holds the source"""
+    target_field: str = "target"
+    """the field of a .jsonl line that holds the target"""
+    held_out: float = 0.05
+    """share of the pairs held out where no validation is given"""
+    tokenizer: str = "bpe"
+    """bpe (byte-level, one for both sides, trained on them), or the path of a tokenizer.json or its folder"""
+    vocab_size: int = 10_000
+    """tokens of a BPE that is trained on the data"""
+    max_source: int | None = None
+    """pairs with more source tokens are left out, and counted (default: what the model's context has room for)"""
+    max_target: int | None = None
+    """the same for the target"""
+    batch_tokens: int = 4096
+    """target places of one global batch, padding included, whatever the number of devices"""
+    buckets: int = 8
+    """shapes of batches: sentences of about the same length go together, and each shape is compiled once"""
+    row_multiple: int = 8
+    """the sentences of every batch are a multiple of this; devices x micro-batches must divide it"""
+
+    def __post_init__(self) -> None:
+        require(len(self.path) <= 2, f"data.path has {len(self.path)} files; it takes one or two")
+        require(len(self.validation) <= 2, f"data.validation has {len(self.validation)} files; it takes one or two")
+        require(bool(self.path) or not self.validation, "data.validation is given without data.path")
+        require(0.0 < self.held_out < 1.0, f"data.held-out is {self.held_out}; it must be between 0 and 1")
+        require(
+            self.vocab_size >= 257,
+            f"data.vocab-size is {self.vocab_size}; a byte-level BPE has at least 257 (256 bytes and end-of-text)",
+        )
+        for name in ("max_source", "max_target", "batch_tokens", "buckets", "row_multiple"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """Clip by global norm, AdamW (or Muon for matrices), warm up, decay."""
 
@@ -240,8 +283,8 @@ class OptimizerConfig:
     """learning rate at the last step (cosine, linear, wsd)"""
     muon_learning_rate: float = 0.02
     """peak learning rate of Muon's matrices; follows the same schedule"""
-    schedule: Literal["cosine", "linear", "inverse-sqrt", "wsd", "constant"] = "cosine"
-    """what follows the linear warm-up"""
+    schedule: Literal["cosine", "linear", "inverse-sqrt", "noam", "wsd", "constant"] = "cosine"
+    """what follows the linear warm-up; noam is inverse-sqrt with learning-rate a factor of 1 / sqrt(width x warm-up)"""
     warmup_steps: int = 100
     """steps from zero to the peak"""
     decay_share: float = 0.2
@@ -290,11 +333,9 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A whole training run."""
+class RunConfig:
+    """What every training run has, whatever it learns."""
 
-    model: GPTConfig = field(default_factory=GPTConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int = 2000
@@ -311,30 +352,54 @@ class TrainConfig:
     """steps between evaluations of the whole held-out split"""
     checkpoint_interval: int | None = None
     """steps between checkpoints (default: at every evaluation)"""
+    average: int = 1
+    """the newest checkpoints whose mean is the model in the end (see --checkpoint average); they are all kept"""
+    patience: int | None = None
+    """end early after so many evaluations without a lower held-out loss"""
     log_interval: int = 10
     """steps between lines of metrics.jsonl; the first 20 steps are all logged"""
-    sample_tokens: int = 256
-    """tokens of the sample at the end; 0 for none"""
-    sample_prompt: str | None = None
-    """what the sample continues (default: a new document, or the start of a single text's held-out part)"""
     quiet: bool = False
     """print nothing but errors"""
     tensorboard: bool = False
     """write TensorBoard events into the run folder too (needs the extra 'tensorboard')"""
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"steps is {self.steps}; it must be at least 1")
         require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2**31)")
-        for name in ("eval_interval", "checkpoint_interval", "log_interval"):
+        for name in ("steps", "eval_interval", "checkpoint_interval", "average", "patience", "log_interval"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name.replace('_', '-')} is {value}; it must be at least 1")
-        require(self.sample_tokens >= 0, f"sample-tokens is {self.sample_tokens}; it must not be negative")
         seconds = self.max_seconds
         require(seconds is None or seconds > 0, f"max-seconds is {seconds}; it must be positive")
+
+    @property
+    def batch_unit(self) -> tuple[str, int]:
+        """What devices x micro-batches must divide: the setting, and its value."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A pretraining run: a GPT learns to predict text."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sample_tokens: int = 256
+    """tokens of the sample at the end; 0 for none"""
+    sample_prompt: str | None = None
+    """what the sample continues (default: a new document, or the start of a single text's held-out part)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.sample_tokens >= 0, f"sample-tokens is {self.sample_tokens}; it must not be negative")
         require(
             self.sequence_length <= self.model.context,
             f"data.sequence-length is {self.data.sequence_length}, longer than model.context {self.model.context}",
         )
+
+    @property
+    def batch_unit(self) -> tuple[str, int]:
+        """The global batch in sequences."""
+        return "data.batch-size", self.data.batch_size
 
     @property
     def sequence_length(self) -> int:
@@ -345,6 +410,42 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         """Tokens in one global batch."""
         return self.data.batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class TranslationConfig(RunConfig):
+    """A translation run: an encoder-decoder learns to turn sources into targets."""
+
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    data: PairsConfig = field(default_factory=PairsConfig)
+    label_smoothing: float = 0.1
+    """share of the target's probability that is spread over the vocabulary (Szegedy et al. 2016)"""
+    validation_sentences: int = 500
+    """held-out sentences translated at each evaluation, greedily, for BLEU and exact match; 0 for none"""
+    samples: int = 4
+    """held-out sentences translated at the end, to be looked at; 0 for none"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, f"label-smoothing is {smoothing}; it must be in [0, 1)")
+        for name in ("validation_sentences", "samples"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name.replace('_', '-')} is {value}; it must not be negative")
+        room = self.model.context - 1  # a place is the start or the end token's
+        for name in ("max_source", "max_target"):
+            value = getattr(self.data, name)
+            shown = f"data.{name.replace('_', '-')} is {value}"
+            require(value is None or value <= room, f"{shown}, more than model.context {self.model.context} less one")
+
+    @property
+    def batch_unit(self) -> tuple[str, int]:
+        """The sentences of every batch are a multiple of this."""
+        return "data.row-multiple", self.data.row_multiple
+
+
+# The kind of config of each task, by the name that stands in a run's config.json.
+TASKS: dict[str, type[RunConfig]] = {"language-modelling": TrainConfig, "translation": TranslationConfig}
 
 
 @dataclass(frozen=True)

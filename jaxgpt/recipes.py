@@ -9,7 +9,19 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
-from jaxgpt.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, gpt_size, suggestion
+from jaxgpt.config import (
+    DataConfig,
+    GPTConfig,
+    OptimizerConfig,
+    PairsConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    TranslationConfig,
+    gpt_size,
+    suggestion,
+    transformer_size,
+)
 
 
 def default() -> TrainConfig:
@@ -114,18 +126,68 @@ def gpt2_xl() -> TrainConfig:
     return replace(gpt2(), model=_gpt2_model("1558M"))
 
 
+def translate() -> TranslationConfig:
+    """A translator of English number and date phrases into German, which are made by rule: nothing is downloaded.
+
+    python train.py translate
+    """
+    return TranslationConfig(
+        model=transformer_size("tiny", context=64, dropout=0.1),
+        data=PairsConfig(vocab_size=1000, batch_tokens=4096),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, schedule="inverse-sqrt", warmup_steps=200, beta2=0.98, epsilon=1e-9, weight_decay=0.0
+        ),
+        steps=1200,
+        eval_interval=200,
+    )
+
+
+def multi30k_tiny() -> TranslationConfig:
+    """Image captions, English to German, with the small model of Wu et al. 2021 (Transformer-Tiny).
+
+    python train.py multi30k-tiny --data.path train.en train.de --data.validation val.en val.de
+    """
+    return TranslationConfig(
+        model=transformer_size("tiny", context=128, dropout=0.3),
+        data=PairsConfig(vocab_size=10_000, batch_tokens=4096),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-3,
+            schedule="inverse-sqrt",
+            warmup_steps=1000,
+            beta2=0.98,
+            epsilon=1e-9,
+            weight_decay=0.0,
+            clip_norm=None,
+        ),
+        steps=8000,
+        eval_interval=250,
+        checkpoint_interval=125,
+        average=10,
+    )
+
+
 def _gpt2_model(size: str) -> GPTConfig:
     """As nanoGPT trains it: no biases, and 50,257 tokens padded to a multiple of 64."""
     return gpt_size(size, vocab_size=50304, bias=False, compute_dtype="bfloat16")
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
+RECIPES: dict[str, Callable[[], RunConfig]] = {
     function.__name__.replace("_", "-"): function
-    for function in (default, shakespeare_char_cpu, shakespeare_char, gpt2, gpt2_medium, gpt2_large, gpt2_xl)
+    for function in (
+        default,
+        shakespeare_char_cpu,
+        shakespeare_char,
+        gpt2,
+        gpt2_medium,
+        gpt2_large,
+        gpt2_xl,
+        translate,
+        multi30k_tiny,
+    )
 }
 
 
-def recipe(name: str) -> TrainConfig:
+def recipe(name: str) -> RunConfig:
     """Return the recipe of that name, as in `python train.py NAME`.
 
     Raises:

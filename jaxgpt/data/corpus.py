@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxgpt.config import DataConfig
 
@@ -65,7 +66,7 @@ class Corpus:
             yield from _json_lines(path, self.text_field)
         else:
             try:
-                yield _decode(path.read_bytes(), str(path))
+                yield decode_text(path.read_bytes(), str(path))
             except ValueError:
                 if not self.skip_undecodable:
                     raise
@@ -84,7 +85,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     text = ""
     for entry in config.path:
         if entry == "-":
-            text = _decode(sys.stdin.buffer.read(), "standard input") if not files.count(None) else text
+            text = decode_text(sys.stdin.buffer.read(), "standard input") if not files.count(None) else text
             files.append(None)
             continue
         path = Path(entry)
@@ -122,7 +123,12 @@ def _visible_files(folder: Path) -> Iterator[Path]:
         yield from (path for name in names if not name.startswith(".") and (path := Path(parent, name)).is_file())
 
 
-def _decode(data: bytes, name: str) -> str:
+def decode_text(data: bytes, name: str) -> str:
+    """Return UTF-8 as text.
+
+    Raises:
+        ValueError: it is not; the byte and its offset are named.
+    """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -130,10 +136,20 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _json_lines(path: Path, field: str) -> Iterator[str]:
+    for record, where in json_records(path):
+        yield json_field(record, field, where)
+
+
+def json_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the object of each line that is not blank, and where it stands.
+
+    Raises:
+        ValueError: a line that is not UTF-8, not JSON, or no object; its number is named.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
-            text = _decode(line, where)
+            text = decode_text(line, where)
             if number == 1:
                 text = text.removeprefix("\ufeff")  # the mark some editors put first, which is no JSON
             if not text.strip():
@@ -143,14 +159,24 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}, is not JSON: {error}") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{where}, is not a JSON object with a field {field!r}")
-            if field not in record:
-                raise ValueError(f"{where}, has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
-            if not isinstance(record[field], str):
-                raise ValueError(f"{where}: the field {field!r} is not text")
-            if not record[field].isascii() and SURROGATE.search(record[field]):
-                raise ValueError(f"{where}: the field {field!r} has half a character (\\ud800 to \\udfff)")
-            yield record[field]
+                raise ValueError(f"{where}, is not a JSON object")
+            yield record, where
+
+
+def json_field(record: dict[str, Any], field: str, where: str) -> str:
+    """Return the text in a field of a record.
+
+    Raises:
+        ValueError: there is no such field (those there are get named), or it is not text.
+    """
+    if field not in record:
+        raise ValueError(f"{where}, has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
+    value = record[field]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: the field {field!r} is not text")
+    if not value.isascii() and SURROGATE.search(value):
+        raise ValueError(f"{where}: the field {field!r} has half a character (\\ud800 to \\udfff)")
+    return value
 
 
 @dataclass(frozen=True)

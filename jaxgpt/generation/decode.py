@@ -63,9 +63,9 @@ class Text:
 class Decoder:
     """A model's `prefill` and `decode_step`, compiled for buckets of lengths, so that a new length rarely compiles."""
 
-    def __init__(self, prefill: Prefill, decode_step: Step, context: int) -> None:
-        """`context` is the most tokens the model sees."""
-        self.context = context
+    def __init__(self, prefill: Prefill, decode_step: Step, context: int, *, prompt_in_cache: bool = True) -> None:
+        """`context` is the most tokens the model sees; the prompt is among them, or an encoder reads it."""
+        self.context, self._prompt_in_cache = context, prompt_in_cache
         self._prefill = jax.jit(prefill, static_argnums=3)
         self._step = jax.jit(decode_step, donate_argnums=2)
         self._take = jax.jit(KVCache.take)
@@ -88,7 +88,8 @@ class Decoder:
         distinct, longest = list(number), max(map(len, windows))
         tokens = padded(distinct, bucket(longest, self.context))
         lengths = np.array([len(window) for window in distinct], np.int32)
-        capacity = bucket(min(self.context, longest + room), self.context) + slack
+        before = longest if self._prompt_in_cache else 1
+        capacity = bucket(min(self.context, before + room), self.context) + slack
         logits, cache = self._prefill(parameters, tokens, lengths, capacity)
         if len(distinct) == len(windows):
             return logits, cache

@@ -73,7 +73,10 @@ def self_attention(
 
 
 def _weights(
-    scores: Float[Array, "B N T S"], query: Float[Array, "B T N H"], mask: Bool[Array, "#B #N #T S"] | None, scale: Scale
+    scores: Float[Array, "B N T S"],
+    query: Float[Array, "B T N H"],
+    mask: Bool[Array, "#B #N #T S"] | None,
+    scale: Scale,
 ) -> Float[Array, "B N T S"]:
     """Scores to what each query takes of each value, in the query's dtype."""
     scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
@@ -197,9 +200,7 @@ class DecoderCache(KVCache):
 
     def start_source(self, key: Float[Array, "G N S H"], value: Float[Array, "G N S H"]) -> DecoderCache:
         """Add those of the next layer."""
-        return dataclasses.replace(
-            self, source_key=(*self.source_key, key), source_value=(*self.source_value, value)
-        )
+        return dataclasses.replace(self, source_key=(*self.source_key, key), source_value=(*self.source_value, value))
 
     def take(self, rows: Int[Array, " R"], groups: Int[Array, " G"] | None = None) -> DecoderCache:
         """Return the cache of these rows, in this order; `groups` are their sources, None: the same as before."""
@@ -212,7 +213,9 @@ class DecoderCache(KVCache):
         if groups is None:
             return past
         source = taken((self.source_key, self.source_value, self.source_mask), groups)
-        return dataclasses.replace(past, **dict(zip(("source_key", "source_value", "source_mask"), source, strict=True)))
+        return dataclasses.replace(
+            past, **dict(zip(("source_key", "source_value", "source_mask"), source, strict=True))
+        )
 
 
 def _with(layers: tuple[Array, ...], layer: int, new: Array) -> tuple[Array, ...]:

@@ -1,4 +1,4 @@
-"""The Transformer block, and a stack of them: encoder, decoder and GPT are this. Dimension letters: see `attention.py`."""
+"""The Transformer block, and a stack of them: encoder, decoder, GPT. Dimension letters: see `attention.py`."""
 
 from __future__ import annotations
 

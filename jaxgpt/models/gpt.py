@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.models.attention import KVCache, empty_cache, fold_in
-from jaxgpt.models.blocks import Parameters, apply_blocks, embedding_dropout, decoding_parameters, vocab_size
+from jaxgpt.models.blocks import Parameters, apply_blocks, decoding_parameters, embedding_dropout, vocab_size
 from jaxgpt.models.layers import PositionalEncoding, initializer
 from jaxgpt.models.losses import unembed
 

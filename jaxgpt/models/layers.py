@@ -51,7 +51,9 @@ class PositionalEncoding(nn.Module):
     @nn.compact
     def __call__(self, positions: Int[Array, "*#B T"]) -> Float[Array, "*#B T D"]:
         if self.learned:
-            table = self.param("embedding", initializer(self.init_std), (self.context, self.width), self.parameter_dtype)
+            table = self.param(
+                "embedding", initializer(self.init_std), (self.context, self.width), self.parameter_dtype
+            )
         else:
             table = sinusoidal_positions(self.context, self.width).astype(self.parameter_dtype)
         return jnp.take(table, positions, axis=0)
@@ -82,7 +84,9 @@ class Dense(nn.Module):
         if self.has_variable("params", "transposed"):
             y = (self.get_variable("params", "transposed").astype(self.compute_dtype) @ flat.T).T
         else:
-            kernel = self.param("kernel", initializer(self.init_std), (x.shape[-1], self.features), self.parameter_dtype)
+            kernel = self.param(
+                "kernel", initializer(self.init_std), (x.shape[-1], self.features), self.parameter_dtype
+            )
             y = flat @ kernel.astype(self.compute_dtype)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.parameter_dtype).astype(y.dtype)

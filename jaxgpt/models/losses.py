@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -40,3 +42,23 @@ def cross_entropy(
     Masking is by weight; no token id means padding.
     """
     return jnp.sum(negative_log_likelihood(logits, targets) * weights), jnp.sum(weights)
+
+
+def smoothed_divergence(
+    logits: Float[Array, "... V"], targets: Int[Array, ...], smoothing: float
+) -> tuple[Float[Array, ...], Float[Array, ...]]:
+    """Label smoothing (Szegedy et al. 2016; Vaswani et al. 2017, section 5.4): (divergence, negative log-likelihood).
+
+    The target's distribution q gives 1 - smoothing to the target and spreads `smoothing` over all V tokens, the target
+    included. The divergence is KL(q || softmax(logits)) in nats: 0 is the best there is, whatever the smoothing.
+    """
+    size = logits.shape[-1]
+    nll = negative_log_likelihood(logits, targets)
+    if smoothing == 0.0:
+        return nll, nll
+    # -log p, averaged over the vocabulary.
+    spread = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+    other = smoothing / size
+    own = 1.0 - smoothing + other
+    entropy = -own * math.log(own) - (size - 1) * other * math.log(other)
+    return (1.0 - smoothing) * nll + smoothing * spread - entropy, nll

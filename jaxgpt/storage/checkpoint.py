@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -23,21 +24,26 @@ class DamagedCheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest, and the one with the lowest held-out loss.
+    """The checkpoints of one run: the newest ones, and the one with the lowest held-out loss.
 
     A checkpoint is a folder named after its step. It appears under that name only once it is complete, and it carries
     a CRC-32 of every leaf, because Orbax itself does not notice a flipped bit.
     """
 
-    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
-        """Open or create `folder`. With `read_only`, what a running or killed writer left half done is not cleaned."""
-        keep = ocp.training.preservation_policies
-        best = keep.BestN(get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+    def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
+        """Open or create `folder`, where the `keep` newest stay.
+
+        With `read_only`, what a running or killed writer left half done is not cleaned.
+        """
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         self.folder = folder.absolute()
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.folder,
-                preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(1), best]),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 cleanup_tmp_directories=not read_only,
             )
         except ValueError as error:  # it reads the metrics of all of them
@@ -140,6 +146,19 @@ class Checkpoints:
                     + self._way_out(step)
                 )
         return trees, extra
+
+    def restore_average(self, count: int, shapes: Any, sharding: jax.sharding.Sharding) -> tuple[Any, int]:
+        """Read the parameters of the `count` newest checkpoints, or of all there are; return their mean and how many.
+
+        Averaging what a run ends in is worth some noise of its last steps (Vaswani et al. 2017, section 6.1). At least
+        one checkpoint exists. Raises as `restore` does.
+        """
+        steps = self.steps[-count:]
+        total: Any = None
+        for step in steps:
+            parameters = self.restore(step, {"parameters": shapes}, sharding)[0]["parameters"]
+            total = parameters if total is None else jax.tree.map(jnp.add, total, parameters)
+        return jax.tree.map(lambda leaf: (leaf / len(steps)).astype(leaf.dtype), total), len(steps)
 
     def _way_out(self, step: int) -> str:
         others = [other for other in self.steps if other != step]

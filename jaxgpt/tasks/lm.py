@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxgpt.config import GenerationConfig, GPTConfig, TrainConfig
+from jaxgpt.data import shards as data
 from jaxgpt.data.batches import WindowBatches, check_length, evaluation_batches, prefetch
 from jaxgpt.data.shards import TokenizedText
 from jaxgpt.generation.decode import Text, gpt_decoder
 from jaxgpt.generation.text import Writer, write
-from jaxgpt.models.gpt import GPT, Parameters, decoding_parameters, init_parameters, output_head
+from jaxgpt.models.blocks import Parameters, decoding_parameters, vocab_size
+from jaxgpt.models.gpt import GPT, init_parameters, output_head
 from jaxgpt.models.losses import cross_entropy, unembed
+from jaxgpt.tasks.preparation import Prepared, with_vocabulary
+from jaxgpt.training import metrics
+from jaxgpt.training.parallel import Layout
 from jaxgpt.training.step import Batch, Loss
 
 
 def loss(
-    config: GPTConfig, parameters: Parameters, batch: Batch, dropout_keys: Key[Array, " B"] | None
+    config: GPTConfig, parameters: Parameters, batch: Batch, dropout_keys: Key[Array, " B"] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Negative log-likelihood of the targets: (sum in nats, sum of the weights).
 
@@ -52,13 +59,16 @@ class LanguageModelling:
         self.evaluation_batches = functools.partial(evaluation_batches, text.held_out, length, at_once)
         self.init = functools.partial(init_parameters, config.model)
         self.loss: Loss = functools.partial(loss, config.model)
+        self.evaluation_sums = functools.partial(loss, config.model)
+        self.width = config.model.width
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
         return prefetch(self._windows.batch, start, stop)
 
-    def evaluation_metrics(self, loss_sum: float, weight: float) -> dict[str, float]:
+    def evaluation_metrics(self, sums: Sequence[float], parameters: Parameters) -> dict[str, float]:
         """Loss (nats a token), perplexity, and bits per byte of the held-out text, which no tokenizer can flatter."""
+        loss_sum, weight = sums
         mean = loss_sum / weight
         tokens_per_byte = len(self._text.held_out) / self._text.held_out.bytes
         return {
@@ -69,6 +79,8 @@ class LanguageModelling:
 
     def sample(self, parameters: Parameters) -> Iterator[str]:
         """Text by the model, in pieces, the prompt (see `TrainConfig.sample_prompt`) first."""
+        if not self._config.sample_tokens:
+            return
         tokenizer, model, prompt = self._text.tokenizer, self._config.model, self._config.sample_prompt or ""
         first = self._prompt_ids(prompt)
         text = Text(first, len(first), self._config.sample_tokens)
@@ -87,3 +99,42 @@ class LanguageModelling:
                 raise ValueError(f"sample-prompt: {error}; give another, or --sample-prompt None") from error
         several = self._text.train.documents > 1
         return [self._text.tokenizer.separator] if several else self._text.held_out.read(0, 1).tolist()
+
+
+def prepare(config: TrainConfig, say: Callable[[str], None]) -> Prepared:
+    """Text to tokens, and the task on them (see `launch.train`).
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with the data, or does not fit it.
+    """
+    text = data.prepare(config.data, say)
+    size = with_vocabulary(config.model.vocab_size, text.tokenizer)
+    paths = tuple(path if path == "-" else os.path.abspath(path) for path in config.data.path)
+    named = config.data.tokenizer in ("byte", "character", "bpe")
+    tokenizer = config.data.tokenizer if named else os.path.abspath(config.data.tokenizer)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=size),
+        data=dataclasses.replace(config.data, path=paths, tokenizer=tokenizer),
+    )
+    task = LanguageModelling(config, text)
+    return Prepared(task, config, text.tokenizer, text.fingerprint, functools.partial(_announcement, config, text))
+
+
+def _announcement(config: TrainConfig, text: TokenizedText, layout: Layout) -> Iterator[str]:
+    """What will be trained, on what, where, and about how much memory it takes."""
+    model, devices = config.model, len(layout.devices)
+    shapes = jax.eval_shape(functools.partial(init_parameters, model), jax.random.key(0))
+    count = metrics.count_parameters(shapes)
+    memory = metrics.estimate_training_bytes(config, count, vocab_size(model), devices)
+    yield (
+        f"GPT with {count / 1e6:.2f}M parameters ({model.layers} layers x {model.width}, context {model.context}, "
+        f"vocabulary {model.vocab_size:,}) on {devices} x {layout.devices[0].device_kind} ({layout.strategy}), "
+        f"about {memory / 2**30:.2f} GiB a device"
+    )
+    epochs = config.steps * config.tokens_per_step / max(1, len(text.train))
+    yield (
+        f"{len(text.train):,} tokens to train on, {len(text.held_out):,} held out; {config.steps:,} steps of "
+        f"{config.tokens_per_step:,} tokens ({epochs:.2g} epochs)"
+        + (f", or {config.max_seconds:,.0f} seconds" if config.max_seconds else "")
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -18,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import TrainConfig
+from jaxgpt.config import RunConfig
 from jaxgpt.storage.checkpoint import METRIC, Checkpoints
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import Layout
-from jaxgpt.training.report import Reporter
-from jaxgpt.training.step import Loss, Parameters, TrainState, evaluate_step, train_step
+from jaxgpt.training.report import Reporter, describe_evaluation
+from jaxgpt.training.step import Batch, Loss, Parameters, TrainState, evaluate_step, train_step
 
 FIRST_STEPS = 20  # logged one by one, whatever the interval: a run that starts wrong shows it here
 
@@ -34,6 +35,10 @@ class Task(Protocol):
     """What is learned. The loop knows nothing else about it."""
 
     loss: Loss
+    evaluation_sums: Callable[[Parameters, Batch], tuple[jax.Array, ...]]
+    """sums over one evaluation batch, added up over all of them"""
+    width: int
+    """D, the model's width"""
 
     def init(self, key: jax.Array) -> Parameters:
         """Initial parameters."""
@@ -44,11 +49,11 @@ class Task(Protocol):
     def evaluation_batches(self) -> Iterable[dict[str, np.ndarray]]:
         """The whole held-out split, each target once."""
 
-    def evaluation_metrics(self, loss_sum: float, weight: float) -> dict[str, float]:
-        """What the summed held-out loss means: at least `eval/loss`."""
+    def evaluation_metrics(self, sums: Sequence[float], parameters: Parameters) -> dict[str, float]:
+        """What the sums mean, and what else the held-out split shows: at least `eval/loss`."""
 
     def sample(self, parameters: Parameters) -> Iterator[str]:
-        """Something the model makes, as pieces of text."""
+        """Something the model makes, as pieces of text; none if none is wanted."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Stop:
             os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C once more leaves at once\n")
 
 
-def train(task: Task, config: TrainConfig, run: RunFolder, layout: Layout, report: Reporter) -> Outcome:
+def train(task: Task, config: RunConfig, run: RunFolder, layout: Layout, report: Reporter) -> Outcome:
     """Train from the newest checkpoint in `run` (or from the start) to the end of the budget.
 
     Raises:
@@ -93,7 +98,7 @@ def train(task: Task, config: TrainConfig, run: RunFolder, layout: Layout, repor
         OSError: the run folder cannot be written; what was committed before is untouched.
         ValueError: the checkpoint is damaged or does not fit the config.
     """
-    checkpoints = Checkpoints(run.checkpoints)
+    checkpoints = Checkpoints(run.checkpoints, keep=config.average)
     try:
         with Stop() as stop:
             return _Loop(task, config, run, layout, report, checkpoints, stop).run()
@@ -107,7 +112,7 @@ class _Loop:
     def __init__(
         self,
         task: Task,
-        config: TrainConfig,
+        config: RunConfig,
         run: RunFolder,
         layout: Layout,
         report: Reporter,
@@ -116,7 +121,7 @@ class _Loop:
     ) -> None:
         self.task, self.config, self.run_folder, self.report = task, config, run, report
         self.layout, self.checkpoints, self.stop = layout, checkpoints, stop
-        optimizer = make_optimizer(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer, config.steps, task.width)
         step = functools.partial(
             train_step,
             loss=task.loss,
@@ -125,11 +130,12 @@ class _Loop:
             micro_batches=config.parallel.gradient_accumulation,
         )
         self.step_program = layout.compile(step, scalars=1, donate=True)
-        self.evaluation_program = layout.compile(functools.partial(evaluate_step, loss=task.loss))
+        self.evaluation_program = layout.compile(functools.partial(evaluate_step, sums=task.evaluation_sums))
         self.write = metrics_writer(run, config.tensorboard)
         self.initial_state = functools.partial(initial_state, task, optimizer, config.seed)
         self.evaluation: dict[str, float] = {}
         self.evaluated = -1  # the step `evaluation` was measured at
+        self.lowest, self.fruitless = math.inf, 0  # held-out loss, and evaluations since
         self.evaluation_seconds = math.inf
         self.started = time.monotonic()
         self.last_settled = self.started
@@ -148,7 +154,7 @@ class _Loop:
 
         for batch in self.task.batches(step, config.steps):
             position = self._position(step)
-            if self.stop.requested or position >= config.steps:
+            if self.stop.requested or position >= config.steps or self._out_of_patience():
                 break
             state, metrics = self.step_program(state, self.layout.place(batch), np.float32(position))
             step += 1
@@ -181,6 +187,7 @@ class _Loop:
         trees, extra = self.checkpoints.restore(latest, shapes, self.layout.replicated)
         self.started -= extra["seconds"]
         self.evaluation, self.evaluated = extra["evaluation"], extra["evaluated"]
+        self.lowest, self.fruitless = extra["lowest"], extra["fruitless"]
         self.report.say(f"resuming at step {latest:,}")
         step = jax.device_put(jnp.asarray(latest, jnp.int32), self.layout.replicated)
         return TrainState(step, trees["parameters"], trees["optimizer"])
@@ -197,6 +204,9 @@ class _Loop:
         final_evaluation = self.evaluation_seconds if self.evaluation_seconds < math.inf else 0.0
         budget = max(self.config.max_seconds - final_evaluation, 1e-6)
         return max(float(step), self.config.steps * self.seconds / budget)
+
+    def _out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.fruitless >= self.config.patience
 
     def _is_due(self, step: int) -> bool:
         every = self.config.checkpoint_interval
@@ -230,21 +240,26 @@ class _Loop:
         self.last_settled = time.monotonic()
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        """Loss over the whole held-out split."""
+        """Measure the whole held-out split, and log it."""
         start = time.monotonic()
-        program, place = self.evaluation_program, self.layout.place
-        # Read one by one: with all of them under way at once, simulated devices can wait for each other for ever.
-        sums = [jax.device_get(program(state.parameters, place(batch))) for batch in self.task.evaluation_batches()]
-        loss_sum, weight = (math.fsum(column) for column in zip(*sums, strict=True))
-        self.evaluation, self.evaluated = self.task.evaluation_metrics(loss_sum, weight), step
+        self.evaluation, self.evaluated = self._measure(state.parameters), step
+        better = self.evaluation[METRIC] < self.lowest
+        self.lowest, self.fruitless = min(self.lowest, self.evaluation[METRIC]), 0 if better else self.fruitless + 1
         self.evaluation_seconds = min(self.evaluation_seconds, time.monotonic() - start)
         self.write({"step": step} | self.evaluation | {"seconds": self.seconds})
         self.report.evaluation(step, self.evaluation)
         self.run_folder.draw_curves()
 
+    def _measure(self, parameters: Parameters) -> dict[str, float]:
+        program, place = self.evaluation_program, self.layout.place
+        # Read one by one: with all of them under way at once, simulated devices can wait for each other for ever.
+        sums = [jax.device_get(program(parameters, place(batch))) for batch in self.task.evaluation_batches()]
+        return self.task.evaluation_metrics([math.fsum(column) for column in zip(*sums, strict=True)], parameters)
+
     def _save(self, state: TrainState, step: int) -> None:
         metrics = {METRIC: self.evaluation[METRIC]} if self.evaluated == step else None
         extra = {"seconds": self.seconds, "evaluation": self.evaluation, "evaluated": self.evaluated}
+        extra |= {"lowest": self.lowest, "fruitless": self.fruitless}
         self.checkpoints.save(step, _trees(state), metrics=metrics, extra=extra)
 
     def _finish(self, state: TrainState, step: int) -> None:
@@ -253,11 +268,24 @@ class _Loop:
             self._evaluate(state, step)
         if step not in self.checkpoints.steps:
             self._save(state, step)
+        parameters = self._average(step) if self.config.average > 1 else state.parameters
         self.report.finish()
-        if self.config.sample_tokens:
+        pieces = self.task.sample(parameters)
+        first = next(pieces, None)
+        if first is not None:
             self.report.say("\na sample:")
-            self.run_folder.add_sample(step, self.report.stream(self.task.sample(state.parameters)))
+            self.run_folder.add_sample(step, self.report.stream(itertools.chain([first], pieces)))
         self.checkpoints.wait()
+
+    def _average(self, step: int) -> Parameters:
+        """The mean of the newest checkpoints' parameters, measured and logged as `average/...`."""
+        shapes = jax.eval_shape(lambda: self.initial_state().parameters)
+        parameters, count = self.checkpoints.restore_average(self.config.average, shapes, self.layout.replicated)
+        measured = self._measure(parameters)
+        named = {name.replace("eval/", "average/"): value for name, value in measured.items()}
+        self.write({"step": step, "average/checkpoints": count} | named)
+        self.report.say(f"mean of the last {count} checkpoints  {describe_evaluation(measured)}")
+        return parameters
 
 
 def initial_state(task: Task, optimizer: Any, seed: int) -> TrainState:

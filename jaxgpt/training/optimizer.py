@@ -16,14 +16,16 @@ from jaxgpt.config import OptimizerConfig
 Schedule = Callable[[Float[Array, ""]], Float[Array, ""]]
 
 
-def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+def make_schedule(config: OptimizerConfig, steps: int, width: int = 1) -> Schedule:
     """Return the learning rate as a share of its peak, as a function of the position in the run (0 .. `steps`).
 
     Warm-up is linear from 0 and reaches the peak at `warmup_steps`; then, with w the warm-up and n the steps:
     cosine and linear fall to `final_learning_rate` at n; inverse-sqrt is sqrt(w / position) (Vaswani et al. 2017,
-    section 5.3); wsd stays at the peak and falls linearly in the last `decay_share` of the run (Hu et al. 2024).
+    section 5.3), noam the same times 1 / sqrt(D w), D the model's width, which is that section's formula times the
+    learning rate; wsd stays at the peak and falls linearly in the last `decay_share` of the run (Hu et al. 2024).
     """
     warmup, floor = config.warmup_steps, config.final_learning_rate / config.learning_rate
+    peak = (width * max(1, warmup)) ** -0.5 if config.schedule == "noam" else 1.0
 
     def schedule(position: Float[Array, ""]) -> Float[Array, ""]:
         rise = jnp.minimum(1.0, position / max(1, warmup)) if warmup else 1.0
@@ -32,8 +34,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
             fall = floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(math.pi * done))
         elif config.schedule == "linear":
             fall = 1.0 + (floor - 1.0) * done
-        elif config.schedule == "inverse-sqrt":
-            fall = jnp.sqrt(max(1, warmup) / jnp.maximum(position, max(1, warmup)))
+        elif config.schedule in ("inverse-sqrt", "noam"):
+            fall = peak * jnp.sqrt(max(1, warmup) / jnp.maximum(position, max(1, warmup)))
         elif config.schedule == "wsd":
             left = (steps - position) / max(1.0, config.decay_share * steps)
             fall = floor + (1.0 - floor) * jnp.clip(left, 0.0, 1.0)
@@ -65,11 +67,11 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     return leaf.ndim - ("blocks" in _names(path)) >= 2
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, steps: int, width: int = 1) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, AdamW (Loshchilov and Hutter 2019) or Muon (Jordan 2024), scale by the schedule.
 
     `update(gradients, state, parameters, position=...)`. Only matrices decay, not biases and norm scales (see
-    `is_matrix`). Muon takes the blocks' matrices and leaves the rest to AdamW.
+    `is_matrix`). Muon takes the blocks' matrices and leaves the rest to AdamW. `width` is the model's (schedule noam).
     """
 
     def decayed(parameters: Any) -> Any:
@@ -91,7 +93,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         )
         rule = optax.partition({"muon": muon, "adamw": rule}, _groups)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.with_extra_args_support(optax.chain(clip, rule, scale_by_position(make_schedule(config, steps))))
+    return optax.with_extra_args_support(
+        optax.chain(clip, rule, scale_by_position(make_schedule(config, steps, width)))
+    )
 
 
 def _groups(parameters: Any) -> Any:

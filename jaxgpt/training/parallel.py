@@ -64,8 +64,10 @@ class Layout:
         )
 
 
-def choose_layout(config: ParallelConfig, batch_size: int) -> Layout:
-    """Choose devices and strategy for a global batch of `batch_size` sequences.
+def choose_layout(config: ParallelConfig, batch_size: int, name: str = "data.batch-size") -> Layout:
+    """Choose devices and strategy for global batches of `batch_size` sequences, or of a multiple of it.
+
+    `name` is the setting that it is.
 
     `auto` takes pmap with the largest number of local devices that divides the batch, or the one device there is.
 
@@ -79,23 +81,19 @@ def choose_layout(config: ParallelConfig, batch_size: int) -> Layout:
         raise ValueError(f"parallel.devices is {config.devices}, but there are {len(local)} local devices")
     wanted = config.devices or len(local)
     if batch_size % accumulation:
-        raise ValueError(f"parallel.gradient-accumulation {accumulation} does not divide data.batch-size {batch_size}")
+        raise ValueError(f"parallel.gradient-accumulation {accumulation} does not divide {name} {batch_size}")
     if config.strategy == "single":
         if config.devices not in (None, 1):
             raise ValueError(f"parallel.strategy single runs on one device, not {config.devices}")
         return Layout("single", (local[0],))
     if config.strategy == "auto":
         used = max(n for n in range(1, wanted + 1) if batch_size % (n * accumulation) == 0)
-        notes = (
-            (f"data.batch-size {batch_size} does not divide over {wanted} devices; using {used}",)
-            if used < wanted
-            else ()
-        )
+        notes = (f"{name} {batch_size} does not divide over {wanted} devices; using {used}",) if used < wanted else ()
         return Layout("pmap" if used > 1 else "single", tuple(local[:used]), notes)
     if batch_size % (wanted * accumulation):
         rows = f"{wanted} devices" + (f" x {accumulation} micro-batches" if accumulation > 1 else "")
         raise ValueError(
-            f"data.batch-size {batch_size} does not divide over {rows}; change it, or parallel.devices, "
+            f"{name} {batch_size} does not divide over {rows}; change it, or parallel.devices, "
             "or take parallel.strategy auto"
         )
     return Layout(config.strategy, tuple(local[:wanted]))

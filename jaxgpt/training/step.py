@@ -95,7 +95,11 @@ def train_step(
 
 
 def evaluate_step(
-    parameters: Parameters, batch: Batch, *, loss: Loss, reduce: Reduce = identity
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Loss and weight of one evaluation batch, summed over devices, without dropout."""
-    return reduce(loss(parameters, batch, None))
+    parameters: Parameters,
+    batch: Batch,
+    *,
+    sums: Callable[[Parameters, Batch], tuple[Float[Array, ""], ...]],
+    reduce: Reduce = identity,
+) -> tuple[Float[Array, ""], ...]:
+    """What `sums` (a task's) computes of one evaluation batch, added up over devices."""
+    return reduce(sums(parameters, batch))

@@ -1,0 +1,123 @@
+"""A training run as one call: what a task prepares, a layout, a run folder and the loop put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import TASKS, RunConfig, TrainConfig, TranslationConfig, flatten, from_dict, to_dict
+from jaxgpt.environment import keep_freed_memory, use_compilation_cache
+from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path
+from jaxgpt.tasks import lm, translation
+from jaxgpt.tasks.preparation import Prepared
+from jaxgpt.training import loop
+from jaxgpt.training.parallel import choose_layout
+from jaxgpt.training.report import Reporter
+
+RUNS = Path("runs")
+# What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
+BUDGETS = ("steps", "max-seconds", "out", "resume", "average", "patience")
+LOGGING = ("quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-interval")
+SHOWN = ("sample-tokens", "sample-prompt", "samples", "validation-sentences")
+PLACES = (
+    "data.path", "data.validation", "data.cache", "parallel.strategy", "parallel.devices",
+    "parallel.gradient-accumulation",
+)  # fmt: skip
+FREE_ON_RESUME = frozenset((*BUDGETS, *LOGGING, *SHOWN, *PLACES))
+PREPARE: Mapping[type[RunConfig], Callable[[Any, Callable[[str], None]], Prepared]] = {
+    TrainConfig: lm.prepare,
+    TranslationConfig: translation.prepare,
+}
+
+
+def run_path(config: RunConfig, recipe: str) -> Path:
+    """The folder a run goes to: `config.out`; else, under runs/, the recipe's latest to resume, or a new one."""
+    if config.out is not None:
+        return Path(config.out)
+    latest = latest_run_path(RUNS, recipe) if config.resume == "latest" else None
+    return latest or new_run_path(RUNS, recipe)
+
+
+def saved_config(run: RunFolder) -> RunConfig:
+    """The config of a run, of the kind of its task.
+
+    Raises:
+        ValueError: config.json names no task that is known, or is no config of it.
+    """
+    description = run.describe()
+    task = description.get("task")
+    if task not in TASKS:
+        raise ValueError(f"{run.config} names the task {task!r}; there are {', '.join(TASKS)}")
+    return from_dict(TASKS[task], description["config"])
+
+
+def train(
+    config: RunConfig, *, recipe: str = "custom", report: Reporter | None = None
+) -> tuple[loop.Outcome, RunFolder]:
+    """Train: data in; a trained model, its checkpoints, a curve and a sample out, all in the run folder.
+
+    Args:
+        config: the whole run (see `recipes`); its kind says what is learned.
+        recipe: the name it is filed under.
+        report: what a person sees (default: nothing).
+
+    Returns:
+        How it ended, and the run folder, which `load` (or, of a translation, `Translator`) reads.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, PermissionError: bad input, found before the first step.
+        FloatingPointError, OSError: the run failed; its last checkpoint is good.
+    """
+    report = report or Reporter()
+    use_compilation_cache()
+    keep_freed_memory()
+    run = RunFolder(run_path(config, recipe))
+    resuming = config.resume == "latest" and run.exists()
+    if not resuming:
+        run.check_free()
+    unit, size = config.batch_unit
+    layout = choose_layout(config.parallel, size, unit)
+    prepared = PREPARE[type(config)](config, report.say)
+    config = prepared.config
+    if resuming:
+        _check_same_run(run, prepared)
+    else:
+        run.create()
+    task = next(name for name, kind in TASKS.items() if kind is type(config))
+    run.describe_as({"task": task, "recipe": recipe, "data": prepared.data_fingerprint, "config": to_dict(config)})
+    prepared.tokenizer.save(run.tokenizer)
+    for line in (*layout.notes, *prepared.announcement(layout)):
+        report.say(line)
+    report.begin(config.steps)
+    try:
+        outcome = loop.train(prepared.task, config, run, layout, report)
+    finally:
+        report.finish()
+    return outcome, run
+
+
+def _check_same_run(run: RunFolder, prepared: Prepared) -> None:
+    """Refuse to resume a run with data or settings that would make it another."""
+    saved = saved_config(run)
+    if type(saved) is not type(prepared.config):
+        raise ValueError(f"{run.path} is a run of another task, {run.describe()['task']}")
+    if run.describe()["data"] != prepared.data_fingerprint:
+        raise ValueError(f"{run.path} was trained on other data, or with another tokenizer or split, than is given now")
+    before = flatten(saved)
+    for key, value in flatten(prepared.config).items():
+        if key not in FREE_ON_RESUME and value != before[key]:
+            raise ValueError(
+                f"{run.path} was trained with {key} {before[key]}, not {value}; resume it without that flag"
+            )
+
+
+def summary(outcome: loop.Outcome, run: RunFolder) -> str:
+    """The last lines a person sees."""
+    if outcome.interrupted:
+        return f"stopped at step {outcome.step:,} and saved; go on with --resume --out {run.path}"
+    use = {
+        "language-modelling": f"for more text:\njaxgpt generate --model {run.path} --prompt TEXT",
+        "translation": f"to translate:\njaxgpt translate --model {run.path}",
+    }
+    return f"\neverything lies in {run.path}; {use[run.describe()['task']]}"

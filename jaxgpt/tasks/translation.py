@@ -1,0 +1,160 @@
+"""Translation: predict each token of the target from the source and what is before it (Vaswani et al. 2017)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from jaxgpt.config import GenerationConfig, TransformerConfig, TranslationConfig
+from jaxgpt.data.batches import prefetch
+from jaxgpt.data.pair_batches import PairBatches, choose_bounds, pair_lengths
+from jaxgpt.data.pairs import Dropped, EncodedPairs, encode_pairs, joint_tokenizer, open_pairs
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.generation.translate import translate_tokens, translation_decoder
+from jaxgpt.models.blocks import Parameters
+from jaxgpt.models.losses import smoothed_divergence, unembed
+from jaxgpt.models.transformer import Transformer, decoding_parameters, init_parameters, output_head
+from jaxgpt.tasks.preparation import Prepared, with_vocabulary
+from jaxgpt.tasks.scores import bleu, exact_match
+from jaxgpt.training.metrics import count_parameters
+from jaxgpt.training.parallel import Layout
+from jaxgpt.training.step import Batch
+
+GREEDY = GenerationConfig(beams=1, early_stopping="true")
+
+
+def sums(
+    config: TransformerConfig,
+    smoothing: float,
+    parameters: Parameters,
+    batch: Batch,
+    dropout_keys: Key[Array, " B"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Sum over a batch: label-smoothed divergence, weights, negative log-likelihood (nats; see `smoothed_divergence`).
+
+    Args:
+        batch: see `data.pair_batches.PairBatches.batch`.
+        dropout_keys: a key for each row; None for evaluation.
+    """
+    mask = jnp.arange(batch["source"].shape[1]) < batch["source_length"][:, None]
+    hidden = Transformer(config).apply(
+        {"params": parameters}, batch["source"], mask, batch["target"], dropout_keys=dropout_keys
+    )
+    divergence, nll = smoothed_divergence(unembed(hidden, output_head(parameters)), batch["targets"], smoothing)
+    weights = batch["weights"]
+    return jnp.sum(divergence * weights), jnp.sum(weights), jnp.sum(nll * weights)
+
+
+class Translation:
+    """The task of translation: bucketed pairs, label smoothing, BLEU (see `training.loop.Task`)."""
+
+    def __init__(
+        self, config: TranslationConfig, tokenizer: Tokenizer, train: EncodedPairs, held_out: EncodedPairs
+    ) -> None:
+        """`config.model.vocab_size` is set, and at least the tokenizer's."""
+        self._config, self._tokenizer, self._held_out = config, tokenizer, held_out
+        data, end = config.data, tokenizer.separator
+        bounds = choose_bounds(pair_lengths(train), data.batch_tokens, data.row_multiple, data.buckets)
+        shape = (end, bounds, data.batch_tokens, data.row_multiple, config.seed)
+        self.pairs, self._held_out_pairs = PairBatches(train, *shape), PairBatches(held_out, *shape)
+        self._decoder = translation_decoder(config.model, end)
+        self.evaluation_batches = self._held_out_pairs.in_order
+        self.init = functools.partial(init_parameters, config.model)
+        self.evaluation_sums = functools.partial(sums, config.model, config.label_smoothing)
+        self.width = config.model.width
+
+    def loss(
+        self, parameters: Parameters, batch: Batch, dropout_keys: Key[Array, " B"] | None
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The label-smoothed divergence: (sum in nats, sum of the weights)."""
+        return self.evaluation_sums(parameters, batch, dropout_keys)[:2]
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
+        return prefetch(self.pairs.batch, start, stop)
+
+    def evaluation_metrics(self, sums: Sequence[float], parameters: Parameters) -> dict[str, float]:
+        """Smoothed loss, perplexity (unsmoothed), and what greedy translations of held-out sentences are worth."""
+        divergence, weight, nll = sums
+        measured = {"eval/loss": divergence / weight, "eval/perplexity": math.exp(min(nll / weight, 700.0))}
+        count = min(self._config.validation_sentences, len(self._held_out))
+        if count:
+            texts = self._translate(parameters, self._held_out.source[:count])
+            references = [target for _, target in self._held_out.text[:count]]
+            measured |= {"eval/bleu": bleu(texts, references), "eval/exact_match": exact_match(texts, references)}
+        return measured
+
+    def sample(self, parameters: Parameters) -> Iterator[str]:
+        """Held-out sentences, what the model makes of them, and what they should be."""
+        count = min(self._config.samples, len(self._held_out))
+        texts = self._translate(parameters, self._held_out.source[:count])
+        for text, (source, target) in zip(texts, self._held_out.text, strict=False):
+            yield f"source     {source}\nmodel      {text}\nreference  {target}\n\n"
+
+    def _translate(self, parameters: Parameters, sources: Sequence[np.ndarray]) -> list[str]:
+        local = jax.jit(decoding_parameters)(jax.tree.map(lambda x: x.addressable_data(0), parameters))
+        found = translate_tokens(
+            self._decoder, local, [source.tolist() for source in sources], GREEDY, self._tokenizer.separator
+        )
+        return [self._tokenizer.decode(beams[0].tokens) for beams in found]
+
+
+def prepare(config: TranslationConfig, say: Callable[[str], None]) -> Prepared:
+    """Pairs to tokens, and the task on them (see `launch.train`).
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with the data, or does not fit it.
+    """
+    corpus = open_pairs(config.data)
+    tokenizer = joint_tokenizer(config.data, corpus.train)
+    room = config.model.context - 1
+    limits = (config.data.max_source or room, config.data.max_target or room)
+    encoded = []
+    for name, pairs in (("training", corpus.train), ("held out", corpus.held_out)):
+        dropped = Dropped()
+        encoded.append(encode_pairs(tokenizer, pairs, *limits, dropped))
+        for line in dropped.report(name, len(encoded[-1])):
+            say(line)
+    resolve = functools.partial(map, os.path.abspath)
+    named = config.data.tokenizer == "bpe"
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=with_vocabulary(config.model.vocab_size, tokenizer)),
+        data=dataclasses.replace(
+            config.data,
+            path=tuple(resolve(config.data.path)),
+            validation=tuple(resolve(config.data.validation)),
+            tokenizer=config.data.tokenizer if named else os.path.abspath(config.data.tokenizer),
+        ),
+    )
+    task = Translation(config, tokenizer, *encoded)
+    fingerprint = hashlib.sha256(f"{corpus.fingerprint} {tokenizer.fingerprint} {limits}".encode()).hexdigest()
+    return Prepared(task, config, tokenizer, fingerprint, functools.partial(_announcement, config, task, *encoded))
+
+
+def _announcement(
+    config: TranslationConfig, task: Translation, train: EncodedPairs, held_out: EncodedPairs, layout: Layout
+) -> Iterator[str]:
+    model = config.model
+    count = count_parameters(jax.eval_shape(task.init, jax.random.key(0)))
+    yield (
+        f"Transformer with {count / 1e6:.2f}M parameters ({model.encoder_layers} + {model.decoder_layers} layers x "
+        f"{model.width}, vocabulary {model.vocab_size:,}) on {len(layout.devices)} x "
+        f"{layout.devices[0].device_kind} ({layout.strategy})"
+    )
+    yield (
+        f"{len(train):,} pairs to train on, {len(held_out):,} held out; {task.pairs.batches_per_epoch:,} batches an "
+        f"epoch, {config.steps:,} steps ({config.steps / task.pairs.batches_per_epoch:.2g} epochs)"
+        + (f", or {config.max_seconds:,.0f} seconds" if config.max_seconds else "")
+    )
+    shapes = ", ".join(f"{bucket.rows} x {bucket.length}" for bucket in task.pairs.buckets)
+    yield f"batches of {shapes} (sentences x tokens); {task.pairs.padding_share:.0%} of the target places are padding"
