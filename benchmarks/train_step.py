@@ -66,6 +66,8 @@ class Options:
 def configure(recipe: str, options: Options) -> tuple[TrainConfig, int]:
     """The recipe with the options applied, and its vocabulary size: where the model leaves it open, the tokenizer's."""
     config = recipes.recipe(recipe)
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{recipe} trains no GPT; benchmarks/translate.py measures translation")
     data, model, parallel = config.data, config.model, replace(config.parallel, strategy=options.strategy)
     if options.batch_size is not None:
         data, parallel = replace(data, batch_size=options.batch_size), replace(parallel, gradient_accumulation=1)

@@ -21,8 +21,9 @@ from jaxgpt.environment import use_compilation_cache
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import Decoder, Text, gpt_decoder
 from jaxgpt.generation.text import Writer, write
-from jaxgpt.models.gpt import Parameters, decoding_parameters, init_parameters
-from jaxgpt.storage.checkpoint import Checkpoints, by_path
+from jaxgpt.models.blocks import Parameters, decoding_parameters
+from jaxgpt.models.gpt import init_parameters
+from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.hub import find_model
 from jaxgpt.storage.huggingface import config_from_hf, config_to_hf
 from jaxgpt.storage.runs import RunFolder, write_atomically
@@ -34,6 +35,7 @@ from jaxgpt.storage.weights import (
     read_parameters,
     write_weights,
 )
+from jaxgpt.tasks.trained import Which, load_trained
 
 DEFAULT_NEW_TOKENS = 256
 Prompt = str | Sequence[int]
@@ -201,7 +203,7 @@ def _settings(settings: GenerationConfig | None, changes: dict[str, object]) -> 
 def load(
     path: str | os.PathLike[str],
     *,
-    checkpoint: Literal["best", "last"] = "best",
+    checkpoint: Which | None = None,
     revision: str | None = None,
     dtype: Dtype | None = None,
 ) -> LanguageModel:
@@ -210,7 +212,8 @@ def load(
     Args:
         path: what `train` wrote; or a folder with config.json, model.safetensors (or shards and their index) and a
             tokenizer; or a name such as gpt2, distilgpt2, openai-community/gpt2-xl, OWNER/FINE-TUNE.
-        checkpoint: of a run: the one with the lowest held-out loss, or the newest.
+        checkpoint: of a run: "best", the one with the lowest held-out loss, "last", the newest, or "average", the mean
+            of the newest (default: that if the run was to average several, else best).
         revision: of a name on the hub: a commit, tag or branch (default: main).
         dtype: what the parameters become, and what is computed in (default: a run's own; float32 for other models,
             whatever their files hold).
@@ -228,22 +231,10 @@ def load(
         raise ValueError(f"{folder / 'config.json'} names no model_type, as a model's would, and is not a run's either")
     if "model_type" in described:
         return _load_published(folder, described, dtype or "float32")
-    return _load_run(RunFolder(folder), checkpoint, dtype)
-
-
-def _load_run(run: RunFolder, checkpoint: Literal["best", "last"], dtype: Dtype | None) -> LanguageModel:
-    config = from_dict(TrainConfig, run.describe()["config"]).model
-    checkpoints = Checkpoints(run.checkpoints, read_only=True)
-    step = checkpoints.latest_step if checkpoint == "last" else checkpoints.best_step
-    if step is None:
-        raise FileNotFoundError(f"{run.path} has no checkpoint yet")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    trees, _ = checkpoints.restore(step, {"parameters": _shapes(config)}, device)
-    parameters, tokenizer = trees["parameters"], load_tokenizer(run.tokenizer)
-    if dtype is not None:
-        config = dataclasses.replace(config, parameter_dtype=dtype, compute_dtype=dtype)
-        parameters = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
-    return LanguageModel(config, parameters, tokenizer, (tokenizer.separator,))
+    trained = load_trained(RunFolder(folder), TrainConfig, checkpoint, dtype)
+    assert isinstance(trained.config, TrainConfig)
+    separator = trained.tokenizer.separator
+    return LanguageModel(trained.config.model, trained.parameters, trained.tokenizer, (separator,))
 
 
 def _load_published(folder: Path, values: dict[str, Any], dtype: Dtype) -> LanguageModel:

@@ -203,7 +203,7 @@ def _train(arguments: list[str]) -> int:
             f"{run.path} was trained with the recipe {description['recipe']}, not {named}",
         )
         recipe = description["recipe"]
-        saved = dataclasses.replace(launch.saved_config(run), out=str(run.path))
+        saved = dataclasses.replace(run.saved_config(), out=str(run.path))
         config = parse(type(saved), arguments, prog, saved)
     report = make_reporter(config.quiet)
     outcome, run = launch.train(config, recipe=recipe, report=report)

@@ -336,6 +336,7 @@ class ParallelConfig:
 class RunConfig:
     """What every training run has, whatever it learns."""
 
+    model: BlockConfig = field(default_factory=BlockConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int = 2000

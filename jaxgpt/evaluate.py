@@ -19,7 +19,8 @@ from jaxgpt.api import LanguageModel
 from jaxgpt.config import DataConfig, GPTConfig
 from jaxgpt.data.corpus import open_corpus
 from jaxgpt.generation.decode import bucket, padded
-from jaxgpt.models.gpt import GPT, Parameters, output_head
+from jaxgpt.models.blocks import Parameters
+from jaxgpt.models.gpt import GPT, output_head
 from jaxgpt.models.losses import negative_log_likelihood, unembed
 
 

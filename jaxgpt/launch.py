@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import TASKS, RunConfig, TrainConfig, TranslationConfig, flatten, from_dict, to_dict
+from jaxgpt.config import TASKS, RunConfig, TrainConfig, TranslationConfig, flatten, to_dict
 from jaxgpt.environment import keep_freed_memory, use_compilation_cache
 from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path
 from jaxgpt.tasks import lm, translation
@@ -37,19 +37,6 @@ def run_path(config: RunConfig, recipe: str) -> Path:
         return Path(config.out)
     latest = latest_run_path(RUNS, recipe) if config.resume == "latest" else None
     return latest or new_run_path(RUNS, recipe)
-
-
-def saved_config(run: RunFolder) -> RunConfig:
-    """The config of a run, of the kind of its task.
-
-    Raises:
-        ValueError: config.json names no task that is known, or is no config of it.
-    """
-    description = run.describe()
-    task = description.get("task")
-    if task not in TASKS:
-        raise ValueError(f"{run.config} names the task {task!r}; there are {', '.join(TASKS)}")
-    return from_dict(TASKS[task], description["config"])
 
 
 def train(
@@ -99,7 +86,7 @@ def train(
 
 def _check_same_run(run: RunFolder, prepared: Prepared) -> None:
     """Refuse to resume a run with data or settings that would make it another."""
-    saved = saved_config(run)
+    saved = run.saved_config()
     if type(saved) is not type(prepared.config):
         raise ValueError(f"{run.path} is a run of another task, {run.describe()['task']}")
     if run.describe()["data"] != prepared.data_fingerprint:

@@ -15,7 +15,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import GPTConfig, OptimizerConfig
-from jaxgpt.models.gpt import GPT, Parameters, output_head
+from jaxgpt.models.blocks import Parameters
+from jaxgpt.models.gpt import GPT, output_head
 from jaxgpt.models.losses import cross_entropy, unembed
 from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.weights import export_tensors

@@ -243,7 +243,10 @@ def attend_to_cache(
 
 
 def attention_weights(
-    query: Float[Array, "B T N H"], key: Float[Array, "B N S H"], mask: Bool[Array, "#B #N #T S"], scale: Scale = None
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B N S H"],
+    mask: Bool[Array, "#B #N #T S"] | None,
+    scale: Scale = None,
 ) -> Float[Array, "B N T S"]:
     """How much each query takes of each value, of keys that lie head by head, as in a cache: softmax(Q K^T / sqrt(H)).
 

@@ -191,7 +191,7 @@ class CrossAttention(nn.Module):
 
     One product makes the queries (D, D), one the keys and values of the source (D, 2 D).
 
-    Called with x (B, T, D) and the source (B, S, D), of which `mask` says what is real. Called with a cache that has
+    Called with x (B, T, D) and the source (B, S, D), of which `mask` says what is real (None: all). Called with a cache that has
     the source's keys and values of `layer`, the source itself is not looked at; without them they are added. The
     weights (B, N, T, S) are sown as "weights" among the intermediates, for whoever asks for them.
     """
@@ -209,7 +209,7 @@ class CrossAttention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         source: Float[Array, "G S D"] | None,
-        mask: Bool[Array, "G S"],
+        mask: Bool[Array, "G S"] | None,
         cache: DecoderCache | None = None,
         layer: int | Int[Array, ""] = 0,
         dropout_keys: Key[Array, " B"] | None = None,
@@ -220,13 +220,15 @@ class CrossAttention(nn.Module):
         query = split_heads(dense(width, self.bias, self.init_std, name="query")(x), self.heads)
         if cache is not None and isinstance(layer, int) and cache.has_source(layer):
             key, value = cache.source_key[layer], cache.source_value[layer]
+        elif source is None:
+            raise ValueError("there is neither a source to attend to nor a cache of its keys and values")
         else:
             pair = dense(2 * width, self.bias, self.init_std, name="key_value")(source)
             key, value = (split_heads(part, self.heads).swapaxes(1, 2) for part in jnp.split(pair, 2, axis=-1))
             cache = cache and cache.start_source(key, value)
         # The rows of one source side by side are as many queries to the same keys.
         together = query.reshape(len(key), -1, *query.shape[2:])
-        weights = attention_weights(together, key, mask[:, None, None, :], scale)
+        weights = attention_weights(together, key, None if mask is None else mask[:, None, None, :], scale)
         self.sow("intermediates", "weights", weights)
         weights = dropout(weights, self.dropout, dropout_keys)
         heads = jnp.einsum("BNTS,BNSH->BTNH", weights, value)

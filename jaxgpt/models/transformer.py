@@ -162,8 +162,8 @@ def prefill(
     source = model.apply(variables, tokens, mask, method="encode")
     cache = DecoderCache((), (), jnp.zeros(len(tokens), jnp.int32), capacity, (), (), mask)
     first = jnp.full((len(tokens), 1), start, jnp.int32)
-    hidden, cache = model.apply(variables, first, source, mask, cache=cache, method="decode")
-    return unembed(hidden[:, 0], output_head(parameters)), cache
+    hidden, started = model.apply(variables, first, source, mask, cache=cache, method="decode")
+    return unembed(hidden[:, 0], output_head(parameters)), cast(DecoderCache, started)
 
 
 def decode_step(
@@ -172,8 +172,8 @@ def decode_step(
     """Continue each row of `cache` by T tokens, one as a rule: the logits of what follows each, and the new cache."""
     variables = {"params": decoding_parameters(parameters)}
     model = Transformer(config)
-    hidden, cache = model.apply(variables, tokens, None, cache.source_mask, cache=cache, method="decode")
-    return unembed(hidden, output_head(parameters)), cache
+    hidden, longer = model.apply(variables, tokens, None, cache.source_mask, cache=cache, method="decode")
+    return unembed(hidden, output_head(parameters)), cast(DecoderCache, longer)
 
 
 def attention_map(

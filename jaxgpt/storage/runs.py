@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.config import TASKS, RunConfig, from_dict
+
 FORMAT = 1
 
 
@@ -87,6 +89,19 @@ class RunFolder:
         if not isinstance(description, dict) or description.get("format") != FORMAT:
             raise ValueError(f"{self.config} is not of format {FORMAT}, the one this version reads")
         return description
+
+    def saved_config(self) -> RunConfig:
+        """The config of the run, of the kind of its task.
+
+        Raises:
+            FileNotFoundError: no run lies here.
+            ValueError: config.json names no task that is known, or holds no config of it.
+        """
+        description = self.describe()
+        task = description.get("task")
+        if task not in TASKS:
+            raise ValueError(f"{self.config} names the task {task!r}; there are {', '.join(TASKS)}")
+        return from_dict(TASKS[task], description.get("config"))
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -24,7 +24,7 @@ from jaxgpt.models.losses import cross_entropy, unembed
 from jaxgpt.tasks.preparation import Prepared, with_vocabulary
 from jaxgpt.training import metrics
 from jaxgpt.training.parallel import Layout
-from jaxgpt.training.step import Batch, Loss
+from jaxgpt.training.step import Batch, EvaluationSums, Loss
 
 
 def loss(
@@ -59,7 +59,7 @@ class LanguageModelling:
         self.evaluation_batches = functools.partial(evaluation_batches, text.held_out, length, at_once)
         self.init = functools.partial(init_parameters, config.model)
         self.loss: Loss = functools.partial(loss, config.model)
-        self.evaluation_sums = functools.partial(loss, config.model)
+        self.evaluation_sums: EvaluationSums = functools.partial(loss, config.model)
         self.width = config.model.width
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:

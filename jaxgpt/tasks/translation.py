@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from jaxgpt.tasks.preparation import Prepared, with_vocabulary
 from jaxgpt.tasks.scores import bleu, exact_match
 from jaxgpt.training.metrics import count_parameters
 from jaxgpt.training.parallel import Layout
-from jaxgpt.training.step import Batch
+from jaxgpt.training.step import Batch, EvaluationSums, Loss
 
 GREEDY = GenerationConfig(beams=1, early_stopping="true")
 
@@ -46,12 +47,25 @@ def sums(
         dropout_keys: a key for each row; None for evaluation.
     """
     mask = jnp.arange(batch["source"].shape[1]) < batch["source_length"][:, None]
-    hidden = Transformer(config).apply(
-        {"params": parameters}, batch["source"], mask, batch["target"], dropout_keys=dropout_keys
+    model, variables = Transformer(config), {"params": parameters}
+    hidden = model.apply(variables, batch["source"], mask, batch["target"], dropout_keys=dropout_keys)
+    divergence, nll = smoothed_divergence(
+        unembed(cast(Array, hidden), output_head(parameters)), batch["targets"], smoothing
     )
-    divergence, nll = smoothed_divergence(unembed(hidden, output_head(parameters)), batch["targets"], smoothing)
     weights = batch["weights"]
     return jnp.sum(divergence * weights), jnp.sum(weights), jnp.sum(nll * weights)
+
+
+def loss(
+    config: TransformerConfig,
+    smoothing: float,
+    parameters: Parameters,
+    batch: Batch,
+    dropout_keys: Key[Array, " B"] | None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What is minimised, the label-smoothed divergence: (sum in nats, sum of the weights)."""
+    divergence, weight, _ = sums(config, smoothing, parameters, batch, dropout_keys)
+    return divergence, weight
 
 
 class Translation:
@@ -69,14 +83,9 @@ class Translation:
         self._decoder = translation_decoder(config.model, end)
         self.evaluation_batches = self._held_out_pairs.in_order
         self.init = functools.partial(init_parameters, config.model)
-        self.evaluation_sums = functools.partial(sums, config.model, config.label_smoothing)
+        self.evaluation_sums: EvaluationSums = functools.partial(sums, config.model, config.label_smoothing)
+        self.loss: Loss = functools.partial(loss, config.model, config.label_smoothing)
         self.width = config.model.width
-
-    def loss(
-        self, parameters: Parameters, batch: Batch, dropout_keys: Key[Array, " B"] | None
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The label-smoothed divergence: (sum in nats, sum of the weights)."""
-        return self.evaluation_sums(parameters, batch, dropout_keys)[:2]
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
@@ -118,12 +127,11 @@ def prepare(config: TranslationConfig, say: Callable[[str], None]) -> Prepared:
     tokenizer = joint_tokenizer(config.data, corpus.train)
     room = config.model.context - 1
     limits = (config.data.max_source or room, config.data.max_target or room)
-    encoded = []
-    for name, pairs in (("training", corpus.train), ("held out", corpus.held_out)):
-        dropped = Dropped()
-        encoded.append(encode_pairs(tokenizer, pairs, *limits, dropped))
-        for line in dropped.report(name, len(encoded[-1])):
-            say(line)
+    dropped = Dropped(), Dropped()
+    train = encode_pairs(tokenizer, corpus.train, *limits, dropped[0])
+    held_out = encode_pairs(tokenizer, corpus.held_out, *limits, dropped[1])
+    for line in (*dropped[0].report("training", len(train)), *dropped[1].report("held out", len(held_out))):
+        say(line)
     resolve = functools.partial(map, os.path.abspath)
     named = config.data.tokenizer == "bpe"
     config = dataclasses.replace(
@@ -136,9 +144,11 @@ def prepare(config: TranslationConfig, say: Callable[[str], None]) -> Prepared:
             tokenizer=config.data.tokenizer if named else os.path.abspath(config.data.tokenizer),
         ),
     )
-    task = Translation(config, tokenizer, *encoded)
+    task = Translation(config, tokenizer, train, held_out)
     fingerprint = hashlib.sha256(f"{corpus.fingerprint} {tokenizer.fingerprint} {limits}".encode()).hexdigest()
-    return Prepared(task, config, tokenizer, fingerprint, functools.partial(_announcement, config, task, *encoded))
+    return Prepared(
+        task, config, tokenizer, fingerprint, functools.partial(_announcement, config, task, train, held_out)
+    )
 
 
 def _announcement(

@@ -25,7 +25,7 @@ from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import Layout
 from jaxgpt.training.report import Reporter, describe_evaluation
-from jaxgpt.training.step import Batch, Loss, Parameters, TrainState, evaluate_step, train_step
+from jaxgpt.training.step import EvaluationSums, Loss, Parameters, TrainState, evaluate_step, train_step
 
 FIRST_STEPS = 20  # logged one by one, whatever the interval: a run that starts wrong shows it here
 
@@ -35,8 +35,7 @@ class Task(Protocol):
     """What is learned. The loop knows nothing else about it."""
 
     loss: Loss
-    evaluation_sums: Callable[[Parameters, Batch], tuple[jax.Array, ...]]
-    """sums over one evaluation batch, added up over all of them"""
+    evaluation_sums: EvaluationSums
     width: int
     """D, the model's width"""
 

@@ -15,6 +15,8 @@ Parameters = Any
 Batch = Mapping[str, Array]
 # (parameters, batch, a dropout key for each row or None) -> (sum of the loss, sum of the weights)
 Loss = Callable[[Parameters, Batch, Key[Array, " B"] | None], tuple[Float[Array, ""], Float[Array, ""]]]
+# (parameters, batch) -> sums over one evaluation batch, which are added up over all of them
+EvaluationSums = Callable[..., tuple[Float[Array, ""], ...]]
 Reduce = Callable[[Any], Any]
 
 
@@ -98,7 +100,7 @@ def evaluate_step(
     parameters: Parameters,
     batch: Batch,
     *,
-    sums: Callable[[Parameters, Batch], tuple[Float[Array, ""], ...]],
+    sums: EvaluationSums,
     reduce: Reduce = identity,
 ) -> tuple[Float[Array, ""], ...]:
     """What `sums` (a task's) computes of one evaluation batch, added up over devices."""
