@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from jaxgpt.config import require, suggestion
@@ -13,10 +14,11 @@ from jaxgpt.config import require, suggestion
 T = TypeVar("T")
 
 
-def parse(kind: type[T], arguments: list[str], prog: str, default: T | None = None) -> T:
+def parse(kind: type[T], arguments: list[str], prog: str, default: T | None = None, positional: str | None = None) -> T:
     """Turn flags into a dataclass. A bare `--quiet` means `--quiet True`, a bare `--resume` means `--resume latest`.
 
-    Of a flag given twice the last counts; one that takes several values gets them all.
+    Of a flag given twice the last counts; one that takes several values gets them all. Words that belong to no flag are
+    the values of the flag `positional`, if there is one.
 
     Raises:
         ValueError: an unknown flag (the nearest is named) or a value that does not fit, in one sentence.
@@ -26,7 +28,10 @@ def parse(kind: type[T], arguments: list[str], prog: str, default: T | None = No
 
     settings = _settings(kind)
     given: dict[str, list[str]] = {}
-    for flag, values in _grouped(arguments):
+    groups = _grouped(arguments, positional)
+    if positional is not None:
+        groups = [part for group in groups for part in _freed(*group, settings, positional)]
+    for flag, values in groups:
         if flag not in (*settings, "--help"):
             raise ValueError(f"there is no setting {flag}{suggestion(flag, settings)}")
         if get_origin(settings.get(flag)) is tuple:
@@ -48,7 +53,19 @@ def parse(kind: type[T], arguments: list[str], prog: str, default: T | None = No
         raise ValueError(_first_sentence(errors.getvalue())) from None
 
 
-def _grouped(arguments: list[str]) -> list[tuple[str, list[str]]]:
+def _freed(flag: str, values: list[str], settings: dict[str, Any], positional: str) -> Iterator[tuple[str, list[str]]]:
+    """A flag with the values it can have, and the words after them as those of `positional`."""
+    count = len(values)
+    if settings.get(flag) is bool:
+        count = int(bool(values) and values[0].lower() in ("true", "false"))
+    elif get_origin(settings.get(flag)) is not tuple:
+        count = min(1, count)
+    yield flag, values[:count]
+    if values[count:]:
+        yield positional, values[count:]
+
+
+def _grouped(arguments: list[str], positional: str | None) -> list[tuple[str, list[str]]]:
     """Each flag with the values after it, in either spelling: `--name value ...` or `--name=value`."""
     groups: list[tuple[str, list[str]]] = []
     for argument in arguments:
@@ -59,6 +76,8 @@ def _grouped(arguments: list[str]) -> list[tuple[str, list[str]]]:
             groups.append((flag, [value] if equals else []))
         elif groups:
             groups[-1][1].append(argument)
+        elif positional is not None:
+            groups.append((positional, [argument]))
         else:
             raise ValueError(f"{argument} stands where a setting (--name value) should")
     return groups

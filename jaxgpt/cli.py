@@ -25,6 +25,7 @@ from jaxgpt.training.report import make_reporter
 
 if TYPE_CHECKING:
     from jaxgpt.api import LanguageModel
+    from jaxgpt.apps.translator import Translated, Translator
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -33,7 +34,9 @@ USAGE = """usage: jaxgpt VERB ...
 
   train [RECIPE] [--section.key value ...]   train a model (the same as python train.py)
   generate --model MODEL --prompt TEXT       let a model write
+  translate --model RUN [FILE|-]             translate, line in, line out
   evaluate --model MODEL --data FILE         measure how well it predicts a text
+  evaluate --model RUN --source F --reference G   measure how well it translates (BLEU, chrF)
   export --model MODEL --out FOLDER          write it for transformers and other programs
   verify --model MODEL [--reference hf]      check that it computes what it should
 
@@ -52,17 +55,26 @@ recipes:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class RunOptions:
+    """Which run."""
+
+    model: str
+    """a run folder"""
+    checkpoint: Literal["best", "last", "average"] | None = None
+    """a run: the checkpoint with the lowest held-out loss, the newest, or the mean of the newest (default: average if
+    the run was to average several, else best)"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """what is computed in (default: a run's own; float32 for other models)"""
+
+
+@dataclass(frozen=True)
+class ModelOptions(RunOptions):
     """Which model."""
 
     model: str
     """a run folder, a Hugging Face folder, or a name on the Hugging Face hub (gpt2, distilgpt2, OWNER/NAME)"""
     revision: str | None = None
     """a name on the hub: the commit, tag or branch (default: main)"""
-    checkpoint: Literal["best", "last"] = "best"
-    """a run: the checkpoint with the lowest held-out loss, or the newest"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """what is computed in (default: a run's own; float32 for other models)"""
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,57 @@ class ExportOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
+class SearchOptions:
+    """How a translation is searched for."""
+
+    beam: int = 4
+    """beams of the search; 1 takes the most likely token each time"""
+    length_rule: Literal["wu", "fairseq", "hf"] = "wu"
+    """what a translation's log-probability is divided by, n its tokens with the end token: ((5 + n) / 6)^penalty (wu,
+    the paper's), n^penalty (fairseq, and hf, which lets a translation end at the limit without an end token)"""
+    length_penalty: float = 0.6
+    """the penalty in that; 0 divides by nothing, more makes translations longer"""
+    max_length: int | None = None
+    """tokens of a translation, its end token included, at most (default: twice the source's and 10)"""
+    batch_size: int = 64
+    """sentences translated together"""
+
+    def __post_init__(self) -> None:
+        for name in ("beam", "batch_size", "max_length"):
+            value, option = getattr(self, name), name.replace("_", "-")
+            require(value is None or value >= 1, f"{option} is {value}; it must be at least 1")
+
+    def settings(self, best: int = 1) -> GenerationConfig:
+        """The search for the `best` translations of a sentence."""
+        return GenerationConfig(
+            beams=self.beam, samples=best, length_rule=self.length_rule, length_penalty=self.length_penalty,
+            early_stopping="true", max_new_tokens=self.max_length,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TranslateOptions(SearchOptions, RunOptions):
+    """Translate lines of text: as many lines come out as went in, in their order."""
+
+    file: tuple[str, ...] = ()
+    """the text file to translate, also without --file; - or none: standard input"""
+    n_best: int = 1
+    """translations of each line; more than 1 prints each as line number, score and text, tab-separated"""
+    strict: bool = False
+    """refuse a line with more tokens than the model can read, instead of translating what fits and saying so"""
+    json: bool = False
+    """print one JSON object a line: source, text, hypotheses (text and score, best first)"""
+    attention: str | None = None
+    """draw what the translation of the first line looked at into this PNG file"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.file) <= 1, f"one file is translated at a time, not {len(self.file)}: {', '.join(self.file)}")
+        require(self.n_best >= 1, f"n-best is {self.n_best}; it must be at least 1")
+        require(self.n_best <= self.beam, f"n-best is {self.n_best}, more than beam {self.beam}")
+
+
+@dataclass(frozen=True)
 class EvaluateOptions(ModelOptions):
     """Measure how well a model predicts a text."""
 
@@ -106,9 +169,27 @@ class EvaluateOptions(ModelOptions):
     """print one JSON object instead of a table"""
 
     def __post_init__(self) -> None:
-        require(bool(self.data), "--data is needed: the text to predict")
+        require(bool(self.data), "--data is needed: the text to predict; or, of a translator, --source and --reference")
         require(self.stride is None or self.stride >= 1, f"stride is {self.stride}; it must be at least 1")
         require(self.batch_size >= 1, f"batch-size is {self.batch_size}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluateTranslationOptions(SearchOptions, RunOptions):
+    """Measure how well a model translates: BLEU, chrF, and how they were computed (needs the extra 'eval')."""
+
+    source: str = ""
+    """the text file to translate"""
+    reference: str = ""
+    """its translations, line by line"""
+    tokenize: Literal["13a", "none", "char", "intl"] = "13a"
+    """how sacrebleu finds words: none for text that is tokenised already"""
+    json: bool = False
+    """print one JSON object instead of a table"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.source and self.reference), "--source and --reference are both needed")
 
 
 @dataclass(frozen=True)
@@ -163,6 +244,7 @@ def _run(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "generate": _generate,
+        "translate": _translate,
         "evaluate": _evaluate,
         "export": _export,
         "verify": _verify,
@@ -248,7 +330,48 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
+def _load_translator(options: RunOptions) -> Translator:
+    from jaxgpt.apps.translator import Translator
+    from jaxgpt.environment import keep_freed_memory
+
+    keep_freed_memory()
+    return Translator(options.model, checkpoint=options.checkpoint, dtype=options.dtype)
+
+
+def _translate(arguments: list[str]) -> int:
+    options = parse(TranslateOptions, arguments, "jaxgpt translate", positional="--file")
+    from jaxgpt.apps.heatmap import draw_attention
+    from jaxgpt.apps.lines import open_lines
+
+    lines, ready = open_lines(options.file[0] if options.file else "-")
+    translator = _load_translator(options)
+    settings = options.settings(options.n_best)
+    results = translator.stream(lines, settings, batch_size=options.batch_size, ready=ready)
+    for number, translated in enumerate(results, 1):
+        if translated.cut:
+            room = translator.max_source
+            beyond = f"line {number} has {room + translated.cut} tokens, and the model can read {room}"
+            require(not options.strict, beyond)
+            print(f"jaxgpt: {beyond}; the rest of it is not translated", file=sys.stderr)
+        print(_shown(translated, number, options), flush=True)
+        if number == 1 and options.attention and translated.text:
+            draw_attention(*translator.attention(translated.source, translated.text), options.attention)
+    return 0
+
+
+def _shown(translated: Translated, number: int, options: TranslateOptions) -> str:
+    if options.json:
+        return json.dumps(dataclasses.asdict(translated), ensure_ascii=False)
+    if options.n_best == 1:
+        return translated.text
+    return (
+        "\n".join(f"{number}\t{found.score:.4f}\t{found.text}" for found in translated.hypotheses) or f"{number}\t0\t"
+    )
+
+
 def _evaluate(arguments: list[str]) -> int:
+    if any(argument.startswith(("--source", "--reference")) for argument in arguments):
+        return _evaluate_translation(arguments)
     options = parse(EvaluateOptions, arguments, "jaxgpt evaluate")
     from jaxgpt import evaluate
 
@@ -258,6 +381,22 @@ def _evaluate(arguments: list[str]) -> int:
         per_token=options.per_token,
     )  # fmt: skip
     print(json.dumps(dataclasses.asdict(result)) if options.json else evaluate.describe(result))
+    return 0
+
+
+def _evaluate_translation(arguments: list[str]) -> int:
+    options = parse(EvaluateTranslationOptions, arguments, "jaxgpt evaluate")
+    from jaxgpt.apps import translator
+
+    result = translator.evaluate(
+        _load_translator(options), options.source, options.reference, options.settings(), tokenize=options.tokenize,
+        batch_size=options.batch_size,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print(f"BLEU   {result.bleu:.2f}\nchrF   {result.chrf:.2f}\nexact  {result.exact_match:.4f}")
+        print(f"{result.sentences:,} sentences in {result.seconds:.1f} s, sacrebleu {result.signature}")
     return 0
 
 

@@ -18,6 +18,8 @@ from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 Pair = tuple[str, str]
 
+SHOWN = 40  # characters of a sentence that a message shows
+
 
 @dataclass(frozen=True)
 class PairCorpus:
@@ -42,19 +44,22 @@ class EncodedPairs:
 
 @dataclass
 class Dropped:
-    """How many pairs were left out and why, each reason with the first place it was met."""
+    """How many pairs of those called `name` were left out and why, each reason with the first pair it was met in."""
 
-    reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
+    name: str
+    reasons: dict[str, tuple[int, Pair]] = field(default_factory=dict)
 
-    def add(self, reason: str, where: str) -> None:
+    def add(self, reason: str, pair: Pair) -> None:
         """Count one pair."""
-        count, first = self.reasons.get(reason, (0, where))
+        count, first = self.reasons.get(reason, (0, pair))
         self.reasons[reason] = (count + 1, first)
 
-    def report(self, name: str, kept: int) -> Iterator[str]:
+    def report(self, kept: int) -> Iterator[str]:
         """One line for each reason."""
-        for reason, (count, first) in self.reasons.items():
-            yield f"{name}: {count:,} of {kept + count:,} pairs left out, {reason} (the first: {first})"
+        total = kept + sum(count for count, _ in self.reasons.values())
+        for reason, (count, (source, target)) in self.reasons.items():
+            first = f"{source[:SHOWN]!r} -> {target[:SHOWN]!r}"
+            yield f"{self.name}: {count:,} of {total:,} pairs left out, {reason} (the first: {first})"
 
 
 def open_pairs(config: PairsConfig) -> PairCorpus:
@@ -139,10 +144,7 @@ def where_they_part(left: Sequence[str], right: Sequence[str]) -> int | None:
     shifted = _misfit(left[max(shift, 0) :], right[max(-shift, 0) :])
     costs = np.concatenate([[0.0], np.cumsum(straight)]) + np.concatenate([np.cumsum(shifted[::-1])[::-1], [0.0]])
     best = int(np.argmin(costs))
-    if best == common:
-        return common + 1  # all that both have fits as it stands
-    told = costs[best] < 0.95 * costs[0] or best == 0
-    return best + 1 if told and costs[best] < 0.95 * costs[-1] else None
+    return best + 1 if costs[best] < 0.9 * costs.max() else None  # otherwise it makes little difference where
 
 
 def _misfit(left: Sequence[str], right: Sequence[str]) -> Float64[np.ndarray, " n"]:
@@ -155,7 +157,8 @@ def _columns(path: Path) -> list[Pair]:
     for number, line in enumerate(read_lines(path), 1):
         columns = line.split("\t")
         if len(columns) != 2:
-            raise ValueError(f"{path}, line {number}, has {len(columns)} columns; it must have two, source and target")
+            tabs = len(columns) - 1
+            raise ValueError(f"{path}, line {number}, has {tabs} tabs; it must have one, between source and target")
         pairs.append((columns[0], columns[1]))
     return pairs
 
@@ -188,16 +191,15 @@ def encode_pairs(
     kept = []
     for number, (source, target) in enumerate(zip(*sides, strict=True)):
         empty = [side for side, text in zip(("source", "target"), pairs[number], strict=True) if not text.strip()]
-        where = f"pair {number + 1:,}"
         if empty:
-            dropped.add(f"their {empty[0]} is empty", where)
+            dropped.add(f"their {empty[0]} is empty", pairs[number])
         elif len(source) > max_source:
-            dropped.add(f"their source has more than {max_source} tokens", where)
+            dropped.add(f"their source has more than {max_source} tokens", pairs[number])
         elif len(target) > max_target:
-            dropped.add(f"their target has more than {max_target} tokens", where)
+            dropped.add(f"their target has more than {max_target} tokens", pairs[number])
         else:
             kept.append(number)
     if not kept:
-        raise ValueError("no pair is left: " + "; ".join(dropped.report("data", 0)))
+        raise ValueError("no pair is left: " + "; ".join(dropped.report(0)))
     source, target = ([side[number].astype(np.int32) for number in kept] for side in sides)
     return EncodedPairs(source, target, [pairs[number] for number in kept])

@@ -191,9 +191,9 @@ class CrossAttention(nn.Module):
 
     One product makes the queries (D, D), one the keys and values of the source (D, 2 D).
 
-    Called with x (B, T, D) and the source (B, S, D), of which `mask` says what is real (None: all). Called with a cache that has
-    the source's keys and values of `layer`, the source itself is not looked at; without them they are added. The
-    weights (B, N, T, S) are sown as "weights" among the intermediates, for whoever asks for them.
+    Called with x (B, T, D) and the source (B, S, D), of which `mask` says what is real (None: all). Called with a cache
+    that has the source's keys and values of `layer`, the source itself is not looked at; without them they are added.
+    The weights (B, N, T, S) are sown as "weights" among the intermediates, for whoever asks for them.
     """
 
     heads: int

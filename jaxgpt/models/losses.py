@@ -52,13 +52,16 @@ def smoothed_divergence(
     The target's distribution q gives 1 - smoothing to the target and spreads `smoothing` over all V tokens, the target
     included. The divergence is KL(q || softmax(logits)) in nats: 0 is the best there is, whatever the smoothing.
     """
-    size = logits.shape[-1]
     nll = negative_log_likelihood(logits, targets)
+    spread = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)  # -log p, averaged over the vocabulary
+    entropy = smoothing_entropy(smoothing, logits.shape[-1])
+    return (1.0 - smoothing) * nll + smoothing * spread - entropy, nll
+
+
+def smoothing_entropy(smoothing: float, size: int) -> float:
+    """Entropy in nats of the distribution q of `smoothed_divergence` over `size` tokens."""
     if smoothing == 0.0:
-        return nll, nll
-    # -log p, averaged over the vocabulary.
-    spread = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+        return 0.0
     other = smoothing / size
     own = 1.0 - smoothing + other
-    entropy = -own * math.log(own) - (size - 1) * other * math.log(other)
-    return (1.0 - smoothing) * nll + smoothing * spread - entropy, nll
+    return -own * math.log(own) - (size - 1) * other * math.log(other)

@@ -21,6 +21,18 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """The run that lies at `path`.
+
+        Raises:
+            FileNotFoundError: none does.
+        """
+        run = cls(Path(path))
+        if not run.exists():
+            raise FileNotFoundError(f"{run.path} is not a run folder: it has no config.json")
+        return run
+
     @property
     def config(self) -> Path:
         """The resolved config and what identifies the data (JSON)."""
@@ -80,8 +92,7 @@ class RunFolder:
             FileNotFoundError: no run lies here.
             ValueError: config.json is not JSON, or of another format.
         """
-        if not self.exists():
-            raise FileNotFoundError(f"{self.path} is not a run folder: it has no config.json")
+        RunFolder.at(self.path)
         try:
             description = json.loads(self.config.read_text("utf-8"))
         except ValueError as error:

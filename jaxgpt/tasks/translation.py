@@ -22,7 +22,7 @@ from jaxgpt.data.pairs import Dropped, EncodedPairs, encode_pairs, joint_tokeniz
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.generation.translate import translate_tokens, translation_decoder
 from jaxgpt.models.blocks import Parameters
-from jaxgpt.models.losses import smoothed_divergence, unembed
+from jaxgpt.models.fused_loss import smoothed_divergence_sums
 from jaxgpt.models.transformer import Transformer, decoding_parameters, init_parameters, output_head
 from jaxgpt.tasks.preparation import Prepared, with_vocabulary
 from jaxgpt.tasks.scores import bleu, exact_match
@@ -49,11 +49,10 @@ def sums(
     mask = jnp.arange(batch["source"].shape[1]) < batch["source_length"][:, None]
     model, variables = Transformer(config), {"params": parameters}
     hidden = model.apply(variables, batch["source"], mask, batch["target"], dropout_keys=dropout_keys)
-    divergence, nll = smoothed_divergence(
-        unembed(cast(Array, hidden), output_head(parameters)), batch["targets"], smoothing
+    divergence, nll = smoothed_divergence_sums(
+        cast(Array, hidden), output_head(parameters), batch["targets"], batch["weights"], smoothing
     )
-    weights = batch["weights"]
-    return jnp.sum(divergence * weights), jnp.sum(weights), jnp.sum(nll * weights)
+    return divergence, jnp.sum(batch["weights"]), nll
 
 
 def loss(
@@ -127,10 +126,10 @@ def prepare(config: TranslationConfig, say: Callable[[str], None]) -> Prepared:
     tokenizer = joint_tokenizer(config.data, corpus.train)
     room = config.model.context - 1
     limits = (config.data.max_source or room, config.data.max_target or room)
-    dropped = Dropped(), Dropped()
+    dropped = Dropped("training"), Dropped("held out")
     train = encode_pairs(tokenizer, corpus.train, *limits, dropped[0])
     held_out = encode_pairs(tokenizer, corpus.held_out, *limits, dropped[1])
-    for line in (*dropped[0].report("training", len(train)), *dropped[1].report("held out", len(held_out))):
+    for line in (*dropped[0].report(len(train)), *dropped[1].report(len(held_out))):
         say(line)
     resolve = functools.partial(map, os.path.abspath)
     named = config.data.tokenizer == "bpe"

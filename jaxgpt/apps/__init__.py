@@ -1,0 +1,1 @@
+"""Programs on the public API: thin, and each usable from Python too."""
