@@ -22,7 +22,7 @@ import jaxgpt  # noqa: F401  (sets XLA's flags before JAX starts)
 import jax
 import numpy as np
 import tokenizers
-from measure import environment, seconds_of, spread
+from measure import PAUSE_SECONDS, agreement, environment, seconds_of, spelled, spread
 from peers import Generator, ctranslate2_generators, hf_generator, require_generators
 
 from jaxgpt.api import LanguageModel, export
@@ -33,8 +33,6 @@ from jaxgpt.environment import keep_freed_memory
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.training.metrics import count_parameters
 
-# OpenMP's threads spin for up to 200 ms after a peer's call, on the cores that the next call is to be timed on.
-PAUSE_SECONDS = 0.25
 # With the usual 0.02 a random model says the last token again and again, whose agreement would show nothing.
 INIT_STD = 0.1
 
@@ -154,20 +152,6 @@ def measure(found: dict[str, Generator], batch: int, options: Options) -> dict[s
     return {"batch": batch, "distinct_tokens_per_text": distinct, "results": results}
 
 
-def agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, Any]:
-    """How far the texts are the same: after one token that differs, by rounding, all may."""
-    first = [
-        next((place for place, (a, b) in enumerate(zip(*rows, strict=True)) if a != b), None)
-        for rows in zip(ours, theirs, strict=True)
-    ]
-    equal = [a == b for rows in zip(ours, theirs, strict=True) for a, b in zip(*rows, strict=True)]
-    return {
-        "equal_tokens": sum(equal) / len(equal),
-        "equal_texts": first.count(None),
-        "first_difference": min((place for place in first if place is not None), default=None),
-    }
-
-
 def table(options: Options, result: dict[str, Any]) -> str:
     """The result for people."""
     about = result["environment"]
@@ -183,7 +167,7 @@ def table(options: Options, result: dict[str, Any]) -> str:
         head = f"{'tokens/s':<31}{'first token, ms':<31}{'ratio':<8}{'of first':<10}same tokens"
         lines += [("", ""), (f"batch {measured['batch']}", f"{'':<21}{head}")]
         for name, row in measured["results"].items():
-            rate, first = _spelled(row["tokens_per_second"]), _spelled(row["first_token_seconds"], 1e3)
+            rate, first = spelled(row["tokens_per_second"]), spelled(row["first_token_seconds"], 1e3)
             text = f"{name:<21}{rate:<31}{first:<31}"
             if "ratio" in row:
                 ratio, of_first, same = row["ratio"]["median"], row["first_token_ratio"], row["agreement"]
@@ -197,11 +181,6 @@ def table(options: Options, result: dict[str, Any]) -> str:
 def _packages(options: Options) -> list[str]:
     hf, ct2 = ("torch", "transformers"), ("ctranslate2",)
     return [*(hf if "hf" in options.vs else ()), *(ct2 if "ctranslate2" in options.vs else ())]
-
-
-def _spelled(values: dict[str, float], scale: float = 1.0) -> str:
-    median, least, greatest = (values[name] * scale for name in ("median", "min", "max"))
-    return f"{median:,.1f} ({least:,.1f} to {greatest:,.1f})"
 
 
 def main(arguments: Sequence[str]) -> int:

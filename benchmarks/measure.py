@@ -20,6 +20,8 @@ MEMORY_PROBE = (
     "bytes of the state before the first step, plus the growth of the process's peak resident set (VmHWM) over the "
     "steps; freed memory is returned and the peak reset after compilation"
 )
+# OpenMP's threads spin for up to 200 ms after a peer's call, on the cores that the next call is to be timed on.
+PAUSE_SECONDS = 0.25
 
 
 def environment() -> dict[str, Any]:
@@ -62,6 +64,26 @@ def seconds_of(call: Callable[[], object]) -> float:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and greatest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def spelled(values: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:
+    """A spread for people: the median, then least and greatest."""
+    median, least, greatest = (f"{values[name] * scale:,.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median} ({least} to {greatest})"
+
+
+def agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, Any]:
+    """How far the texts are the same: after one token that differs, by rounding, all may."""
+    first = [
+        next((place for place, (a, b) in enumerate(zip(*rows, strict=True)) if a != b), None)
+        for rows in zip(ours, theirs, strict=True)
+    ]
+    equal = [a == b for rows in zip(ours, theirs, strict=True) for a, b in zip(*rows, strict=True)]
+    return {
+        "equal_tokens": sum(equal) / len(equal),
+        "equal_texts": first.count(None),
+        "first_difference": min((place for place in first if place is not None), default=None),
+    }
 
 
 def measured_peak_flops(size: int = 2048, repeats: int = 20) -> float:

@@ -13,6 +13,10 @@ from program import ROOT, environment
 TINY = ["--size", "tiny", "--vocab-size", "300", "--batch", "3", "--prompt-tokens", "8", "--new-tokens", "12"]
 SMALL = ["shakespeare-char-cpu", "--batch-size", "4", "--sequence-length", "8", "--steps", "2", "--rounds", "2"]
 
+PAIRS = (
+    "--size tiny --vocab-size 300 --batch-size 4 --length 6 --steps 2 --sentences 3 --new-tokens 5 --rounds 2".split()
+)
+
 
 def benchmark(cache, *arguments, script="train_step.py", devices=1, code=0):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
@@ -109,3 +113,66 @@ def test_bad_input_to_generate_is_one_line(tmp_path, arguments, message):
 def test_generate_says_what_a_peer_needs(tmp_path, peer):
     err = benchmark(tmp_path, *TINY, "--vs", peer, script="generate.py", code=2).stderr
     assert f"--vs {peer} needs" in err and "pip install" in err and len(err.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def translated(tmp_path_factory):
+    """What translate.py prints beside PyTorch."""
+    pytest.importorskip("transformers", reason="needs torch and transformers, which only the comparison installs")
+    cache = tmp_path_factory.mktemp("cache")
+    done = benchmark(cache, *PAIRS, "--beams", "1", "3", "--vs", "torch", "--json", script="translate.py")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_translate_trains_the_same_model_as_pytorch(translated):
+    assert translated["benchmark"] == "translate" and translated["options"]["size"] == "tiny"
+    assert {"date", "processor", "versions"} <= translated["environment"].keys()
+    trained = translated["training"]
+    losses, results = trained["losses"], trained["results"]
+    assert losses["ours"] == pytest.approx(losses["torch"], rel=1e-4) and losses["ours"][-1] < losses["ours"][0]
+    of_blocks = 4 * (2 * (4 * 128 * 129 + 128 * 256 * 2 + 256 + 128) + 4 * 128 * 129 + 5 * 2 * 128)
+    assert trained["parameters"] == 300 * 128 + of_blocks
+    assert results.keys() == {"ours", "torch"}
+    for row in results.values():
+        rate = row["target_tokens_per_second"]
+        assert 0 < rate["min"] <= rate["median"] <= rate["max"]
+    rate = {name: row["target_tokens_per_second"] for name, row in results.items()}
+    ratio = results["torch"]["ratio"]
+    least, greatest = rate["ours"]["min"] / rate["torch"]["max"], rate["ours"]["max"] / rate["torch"]["min"]
+    assert 0.999 * least <= ratio["min"] <= ratio["median"] <= ratio["max"] <= greatest * 1.001
+
+
+def test_translate_makes_the_same_tokens_as_marian(translated):
+    assert [decoded["beams"] for decoded in translated["decoding"]] == [1, 3]
+    for decoded in translated["decoding"]:
+        assert decoded["distinct_tokens_per_text"] > 1.5, "else agreement shows nothing"
+        agreed = decoded["results"]["transformers"]["agreement"]
+        assert agreed == {"equal_tokens": 1.0, "equal_texts": 3, "first_difference": None}
+        assert 0 < decoded["results"]["ours"]["sentences_per_second"]["median"]
+
+
+def test_translate_measures_one_part_alone(tmp_path):
+    done = benchmark(tmp_path, *PAIRS, "--parts", "train", "--dropout", "0.1", "--json", script="translate.py")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["training"]["results"].keys() == {"ours"} and "decoding" not in result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "bse"], "did you mean base?"),
+        (["--new-tokens", "300"], "300 tokens do not fit the context of 256"),
+        ([*PAIRS, "--beams", "0"], "each must be at least 1"),
+        ([*PAIRS, "--compile", "--vs", "none"], "needs --vs torch"),
+        ([*PAIRS, "--parts", "decode", "--beams", "301"], "more than the vocabulary of 300"),
+    ],
+)
+def test_bad_input_to_translate_is_one_line(tmp_path, arguments, message):
+    err = benchmark(tmp_path, *arguments, script="translate.py", code=2).stderr
+    assert message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="torch is installed, and so not missing")
+def test_translate_says_what_a_peer_needs(tmp_path):
+    err = benchmark(tmp_path, *PAIRS, "--vs", "torch", script="translate.py", code=2).stderr
+    assert "--vs torch needs" in err and "pip install" in err and len(err.splitlines()) == 1

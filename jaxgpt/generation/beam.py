@@ -1,77 +1,109 @@
 """Beam search: the most likely whole texts instead of the most likely next token (Graves 2012, section 3).
 
-The scores, and when to stop, are those of `transformers` (version 5): a finished text scores the sum of its
-log-probabilities divided by its new tokens, the stop token included, to the power `length_penalty`.
+The search is arrays: K running and K finished texts for each of B prompts, which one program, `advance`, makes longer
+by a token. Which texts run on and when to stop is as in `transformers` (version 5); a text's score is the sum of its
+log-probabilities over `length_divisor`. R are the rows of the model's batch: k running texts (1, then K) a prompt.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt.config import GenerationConfig
 from jaxgpt.generation.decode import NOT_FINITE, Decoder, bucket, padded
-from jaxgpt.generation.sampling import Rules, process_logits, rules
+from jaxgpt.generation.rows import log_softmax, top_k
+from jaxgpt.generation.sampling import Number, Rules, process_logits, rules
 
-OUT = -1e9  # the score of what is out of the running
+OUT = -math.inf  # the score of what does not exist; what exists is above it, whatever divides it
+FEWEST = 8  # prompts: a smaller batch takes hardly less time, and would have to be compiled
+
+LengthRule = Literal["hf", "fairseq", "wu"]
 
 
 @dataclass(frozen=True)
 class Beam:
-    """A text: its new tokens, the log-probability of each, and its score: while it grows, their sum."""
+    """A finished text: its new tokens, the log-probability of each, and its score."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     score: float
 
-    def extended(self, token: int, total: float) -> Beam:
-        """The same with one token more and the sum `total`."""
-        return Beam((*self.tokens, token), (*self.logprobs, total - self.score), total)
+
+@flax.struct.dataclass
+class Candidates:
+    """For each prompt, C ways to go on: a running text, its next token, that one's log-probability, the sum with it."""
+
+    parent: Int[Array, "B C"]
+    token: Int[Array, "B C"]
+    logprob: Float[Array, "B C"]
+    total: Float[Array, "B C"]
+
+    def best(self, count: int, scores: Float[Array, "B C"]) -> Candidates:
+        """The `count` of the greatest scores, best first, which become their `total`."""
+        total, places = jax.lax.top_k(scores, count)
+        chosen = jax.tree.map(lambda x: jnp.take_along_axis(x, places, axis=1), self)
+        return dataclasses.replace(chosen, total=total)
 
 
-@dataclass
+@flax.struct.dataclass
+class Texts:
+    """For each prompt, K texts, best first; where fewer exist, the others score OUT.
+
+    Their new tokens, `length` of them, begin at the same place of S; before it is the prompt, where a rule needs it.
+    The score of a running text is the sum of its log-probabilities.
+    """
+
+    tokens: Int[Array, "B K S"]
+    logprobs: Float[Array, "B K S"]
+    length: Int[Array, "B K"]
+    score: Float[Array, "B K"]
+
+    def take(self, places: Int[Array, "B J"]) -> Texts:
+        """These texts of each prompt, in this order."""
+        return jax.tree.map(lambda x: x[jnp.arange(len(places))[:, None], places], self)
+
+    def extended(self, by: Candidates, place: Int[Array, "B 1"]) -> Texts:
+        """The texts with one token more, which comes to `place` of S."""
+        old, here = self.take(by.parent), jnp.arange(self.tokens.shape[-1]) == place[..., None]
+        tokens = jnp.where(here, by.token[..., None], old.tokens)
+        return Texts(tokens, jnp.where(here, by.logprob[..., None], old.logprobs), old.length + 1, by.total)
+
+
+@flax.struct.dataclass
 class Search:
-    """The search for one prompt: what is still growing, what has finished, best first."""
+    """The search for B prompts: where what is new begins in S, and how many tokens that may be.
 
-    prompt: list[int]
-    limit: int
-    running: list[Beam]
-    finished: list[Beam]
-    open: bool = True
+    Where it is not open, it is over: `finished` stays as it is and `running` means nothing.
+    """
 
-    def advance(
-        self, candidates: Sequence[tuple[int, int, float]], config: GenerationConfig, stops: Sequence[int]
-    ) -> list[int]:
-        """Take the best candidates (beam, token, sum), best first; return which beam each running one continues."""
-        length = len(self.running[0].tokens) + 1
-        beams = [(parent, self.running[parent].extended(token, total)) for parent, token, total in candidates]
-        ends = [length == self.limit or beam.tokens[-1] in stops for _, beam in beams]
-        for (_, beam), end in list(zip(beams, ends, strict=True))[: config.beams]:
-            full = config.early_stopping == "true" and len(self.finished) == config.beams
-            if end and not full:
-                score = beam.score / length**config.length_penalty
-                self.finished.append(Beam(beam.tokens, beam.logprobs, score))
-        self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: config.beams]
-        growing = [pair for pair, end in zip(beams, ends, strict=True) if not end][: config.beams]
-        self.open = len(growing) == config.beams and self._can_improve(growing[0][1], config)
-        if self.open:
-            self.running = [beam for _, beam in growing]
-        return [parent for parent, _ in growing]
+    running: Texts
+    finished: Texts
+    begin: Int[Array, " B"]
+    limit: Int[Array, " B"]
+    open: Bool[Array, " B"]
 
-    def _can_improve(self, best: Beam, config: GenerationConfig) -> bool:
-        if len(self.finished) < config.beams:
-            return True
-        if config.early_stopping == "true":
-            return False
-        longest = config.early_stopping == "never" and config.length_penalty > 0
-        length = self.limit if longest else len(best.tokens)
-        return best.score / length**config.length_penalty > self.finished[-1].score
+
+def length_divisor(rule: LengthRule, length: int | Int[Array, "*shape"], penalty: Number) -> Any:
+    """What divides the sum of a text's log-probabilities.
+
+    Args:
+        rule: hf, fairseq: length^penalty; wu: ((5 + length) / 6)^penalty (Wu et al. 2016, equation 14).
+        length: all new tokens, with the stop token if there is one. By fairseq and wu there is (see `beam_search`), by
+            hf not where the text ended at its limit: `transformers` counts the same (`cur_len + 1 -
+            decoder_prompt_len`, before `cur_len` counts the newest).
+    """
+    return ((5 + length) / 6 if rule == "wu" else length * 1.0) ** penalty
 
 
 def beam_search(
@@ -84,69 +116,148 @@ def beam_search(
 ) -> list[list[Beam]]:
     """The `config.samples` best texts for each prompt, best first, each prompt as it would be alone.
 
+    There are fewer only if no more exist: with few tokens and a small limit, or where the rules forbid all others.
+
     Args:
         prompts: token ids; each with its limit of new ones must fit the context.
-        limits: most new tokens of each prompt.
-        stop_tokens: what ends a text; it is the text's last token.
+        limits: most new tokens of each prompt, the stop token included.
+        stop_tokens: what ends a text; it is the text's last token. By the length rules fairseq and wu a text that
+            reaches its limit ends with the first of them, however unlikely; by hf with any token.
 
     Raises:
-        ValueError: an empty prompt, or more beams than the vocabulary has tokens.
+        ValueError: an empty prompt.
         FloatingPointError: the model's logits are NaN.
     """
-    start = [Beam((), (), 0.0)] + [Beam((), (), OUT)] * (config.beams - 1)
-    searches = [Search(prompt, limit, list(start), []) for prompt, limit in zip(prompts, limits, strict=True)]
-    first, cache = decoder.prefill(parameters, [prompt for prompt in prompts for _ in start], max(limits))
-    if config.beams > first.shape[-1]:
-        raise ValueError(f"beams is {config.beams}, more than the vocabulary of {first.shape[-1]} tokens")
-    logits = first[:, None]
-    rule = rules(config, stop_tokens)
-    # Enough candidates that, were the best ones all to end, as many could go on.
-    count = min(max(2, 1 + len(stop_tokens)) * config.beams, config.beams * logits.shape[-1])
+    rule, stops = rules(config, stop_tokens), np.array(stop_tokens, np.int32)
+    logits, cache = decoder.prefill(parameters, prompts, max(limits))
+    search = _start([prompt if rule.need_history else [] for prompt in prompts], limits, config.beams, logits.dtype)
+    found: list[list[Beam]] = [[] for _ in prompts]
+    numbers = np.arange(len(prompts))  # of the prompts that are in the batch
     while True:
-        beams = [(search, beam) for search in searches for beam in search.running]
-        counts = np.array([len(search.prompt) + len(beam.tokens) for search, beam in beams], np.int32)
-        seen = None
-        if rule.need_history:
-            seen = padded([[*search.prompt, *beam.tokens] for search, beam in beams], bucket(int(counts.max())))
-        too_early = np.array([len(beam.tokens) < config.min_new_tokens for _, beam in beams])
-        totals, places = _best(
-            logits[:, 0], rule, seen, counts, too_early, np.array([beam.score for _, beam in beams]),
-            beams=config.beams, count=count,
+        search, *step = advance(
+            search, logits, rule, stops, float(config.length_penalty), config.min_new_tokens,
+            length_rule=config.length_rule, early_stopping=config.early_stopping,
         )  # fmt: skip
-        if np.isnan(totals).any():
+        is_open, finite, rows, tokens = jax.device_get((search.open, *step))
+        if not finite:
             raise FloatingPointError(NOT_FINITE)
-        parents, tokens = np.divmod(np.asarray(places), logits.shape[-1])
-        rows = np.arange(len(beams))
-        for number, search in enumerate(searches):
-            if search.open:
-                best = zip(
-                    parents[number].tolist(), tokens[number].tolist(), np.asarray(totals[number]).tolist(), strict=True
-                )
-                continues = search.advance(list(best), config, stop_tokens)
-                if search.open:
-                    rows[number * config.beams : (number + 1) * config.beams] = number * config.beams + np.array(
-                        continues
-                    )
-        if not any(search.open for search in searches):
-            return [search.finished[: config.samples] for search in searches]
-        newest = [beam.tokens[-1:] or (0,) for search in searches for beam in search.running]  # none: ended at once
-        logits, cache = decoder.step(parameters, np.array(newest, np.int32), decoder.take(cache, rows))
+        going, groups = np.flatnonzero(is_open), None
+        size = max(FEWEST, 1 << (len(going) - 1).bit_length())  # a power of two, so that few programs are compiled
+        if len(going) == 0 or size <= len(is_open) // 2:
+            for place in np.flatnonzero(~is_open[: len(numbers)]).tolist():
+                found[numbers[place]] = _beams(search, place, config.samples)
+            if len(going) == 0:
+                return found
+            numbers, groups = numbers[going], np.resize(going, size)
+            search, rows, tokens = _keep(search, groups, len(going)), rows[groups], tokens[groups]
+        if not np.array_equal(rows.ravel(), np.arange(len(logits))):
+            cache = decoder.take(cache, rows.ravel(), groups)
+        following, cache = decoder.step(parameters, tokens.reshape(-1, 1), cache)
+        logits = following[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("beams", "count"))
-def _best(
+def _start(prompts: Sequence[Sequence[int]], limits: Sequence[int], beams: int, dtype: Any) -> Search:
+    """One running text for each prompt, with no new token; the prompts are empty if no rule needs them."""
+    width = bucket(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
+    score = jnp.zeros((len(prompts), 1), jnp.promote_types(dtype, jnp.float32))
+    tokens, length = jnp.array(padded(prompts, width)[:, None]), jnp.zeros(score.shape, jnp.int32)
+    running = Texts(tokens, jnp.zeros(tokens.shape, score.dtype), length, score)
+    finished = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=1), dataclasses.replace(running, score=score + OUT))
+    begin = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+    return Search(running, finished, begin, jnp.array(limits, jnp.int32), jnp.ones(len(prompts), bool))
+
+
+@functools.partial(jax.jit, static_argnames=("length_rule", "early_stopping"))
+def advance(
+    search: Search,
     logits: Float[Array, "R V"],
     rule: Rules,
-    seen: Int[Array, "R S"] | None,
-    counts: Int[Array, " R"],
-    too_early: Bool[Array, " R"],
-    scores: Float[Array, " R"],
+    stops: Int[Array, " n"],
+    penalty: Number,
+    min_new_tokens: int | Int[Array, ""],
     *,
-    beams: int,
-    count: int,
-) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """Of all continuations of each prompt's beams, the `count` of the greatest sum, and which (beam * V + token)."""
-    logprobs = process_logits(jax.nn.log_softmax(logits, axis=-1), rule, seen, counts, too_early)
-    totals = (logprobs + scores[:, None].astype(logprobs.dtype)).reshape(-1, beams * logits.shape[-1])
-    best, places = jax.lax.top_k(totals, count)
-    return best, places
+    length_rule: LengthRule,
+    early_stopping: str,
+) -> tuple[Search, Bool[Array, ""], Int[Array, "B K"], Int[Array, "B K"]]:
+    """Make all texts a token longer: of the best K those that end are finished, and the best K that do not run on.
+
+    Returns:
+        The new search, whether no logits that matter are NaN, and for each running text the row it continues and its
+        new token.
+    """
+    old, beams = search.running, search.finished.score.shape[1]
+    length = old.length[:, :1] + 1
+    last, place = length >= search.limit[:, None], search.begin[:, None] + length - 1
+    forced = last if length_rule != "hf" and len(stops) else jnp.zeros_like(last)
+    new, finite = _candidates(search, logits, rule, stops, length <= min_new_tokens, forced)
+
+    def ends(these: Candidates) -> Bool[Array, "B C"]:
+        return last | jnp.any(these.token[..., None] == stops, axis=-1)
+
+    best = new.best(beams, new.total)
+    scores = best.total / length_divisor(length_rule, length, penalty).astype(best.total.dtype)
+    ended = best.best(beams, jnp.where(ends(best) & search.open[:, None], scores, OUT))
+    both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), search.finished, old.extended(ended, place))
+    finished = both.take(jax.lax.top_k(both.score, beams)[1])
+    going = new.best(beams, jnp.where(ends(new), OUT, new.total))
+    running = old.extended(going, place)
+
+    # What the best running text could score, were all to come certain: the more divides a negative sum, the better.
+    longest = search.limit if early_stopping == "never" else length[:, 0]
+    reach = jnp.where(penalty > 0, longest, length[:, 0])
+    bound, worst = running.score[:, 0] / length_divisor(length_rule, reach, penalty), finished.score[:, -1]
+    better = worst == OUT if early_stopping == "true" else bound > worst
+    is_open = search.open & better & (running.score[:, 0] > OUT)
+    rows = jnp.arange(len(last), dtype=jnp.int32)[:, None] * old.score.shape[1] + going.parent
+    return Search(running, finished, search.begin, search.limit, is_open), finite, rows, going.token
+
+
+def _candidates(
+    search: Search,
+    logits: Float[Array, "R V"],
+    rule: Rules,
+    stops: Int[Array, " n"],
+    too_early: Bool[Array, "B 1"],
+    forced: Bool[Array, "B 1"],
+) -> tuple[Candidates, Bool[Array, ""]]:
+    """The best ways to go on from each text, and whether no logits that matter are NaN.
+
+    Args:
+        too_early, forced: where no stop token may come, and where only the first may.
+    """
+    running, count = search.running, search.finished.score.shape[1] + len(stops)
+    batch, texts = running.score.shape
+    logprobs = log_softmax(logits.astype(running.score.dtype))
+    seen = running.tokens.reshape(batch * texts, -1) if rule.need_history else None
+    counts = (search.begin[:, None] + running.length).ravel()
+    allowed = process_logits(logprobs, rule, seen, counts, jnp.repeat(too_early, texts))
+    # The best K + n of each row are enough, for K of them do not end the text. If there are fewer tokens, some are OUT.
+    best, tokens = top_k(allowed, min(count, logits.shape[-1]))
+    beyond = ((0, 0), (0, count - best.shape[-1]))
+    best, tokens = jnp.pad(best, beyond, constant_values=OUT), jnp.pad(tokens, beyond)
+    if len(stops):
+        rows, first = jnp.repeat(forced, texts)[:, None], jnp.arange(count) == 0
+        best = jnp.where(rows, jnp.where(first, logprobs[:, stops[0], None], OUT), best)
+        tokens = jnp.where(rows, stops[0], tokens)
+    exists = (running.score > OUT)[..., None]
+    total = jnp.where(exists, running.score[..., None] + best.reshape(batch, texts, count), OUT)
+    parent = jnp.broadcast_to(jnp.arange(texts, dtype=jnp.int32)[:, None], total.shape)
+    unknown = jnp.isnan(logprobs[:, :1]).reshape(batch, texts, 1) & exists & search.open[:, None, None]
+    return Candidates(*(x.reshape(batch, -1) for x in (parent, tokens, best, total))), ~jnp.any(unknown)
+
+
+@jax.jit
+def _keep(search: Search, prompts: Int[Array, " G"], count: int | Int[Array, ""]) -> Search:
+    """The search for these prompts; those from `count` on only fill up the batch."""
+    kept = jax.tree.map(lambda x: x[prompts], search)
+    return dataclasses.replace(kept, open=kept.open & (jnp.arange(len(prompts)) < count))
+
+
+def _beams(search: Search, number: int, count: int) -> list[Beam]:
+    """The best finished texts of one prompt."""
+    best, begin = [np.asarray(x)[number, :count] for x in jax.tree.leaves(search.finished)], search.begin[number]
+    return [
+        Beam(tuple(tokens[begin:][:length].tolist()), tuple(logprobs[begin:][:length].tolist()), float(score))
+        for tokens, logprobs, length, score in zip(*best, strict=True)
+        if score > OUT
+    ]

@@ -68,7 +68,7 @@ class Decoder:
         self.context, self._prompt_in_cache = context, prompt_in_cache
         self._prefill = jax.jit(prefill, static_argnums=3)
         self._step = jax.jit(decode_step, donate_argnums=2)
-        self._take = jax.jit(KVCache.take)
+        self._take = jax.jit(lambda cache, rows, groups: cache.take(rows, groups))
 
     def prefill(
         self, parameters: Any, windows: Sequence[Sequence[int]], room: int, slack: int = 0
@@ -94,11 +94,15 @@ class Decoder:
         if len(distinct) == len(windows):
             return logits, cache
         rows = jnp.array([number[tuple(window)] for window in windows], jnp.int32)
-        return logits[rows], self._take(cache, rows)
+        return logits[rows], self._take(cache, rows, rows)
 
-    def take(self, cache: KVCache, rows: Int[np.ndarray, " R"]) -> KVCache:
-        """The cache of these rows, in this order."""
-        return self._take(cache, rows)
+    def take(self, cache: KVCache, rows: Int[np.ndarray, " R"], groups: Int[np.ndarray, " G"] | None = None) -> KVCache:
+        """The cache of these rows, in this order.
+
+        Of what it holds once for several rows, those of one prompt, it keeps that of the prompts `groups`, each for R/G
+        consecutive rows; None: all, as they are.
+        """
+        return self._take(cache, rows, groups)
 
     def step(
         self, parameters: Any, tokens: Int[np.ndarray, "B T"], cache: KVCache

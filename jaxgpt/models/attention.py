@@ -172,8 +172,8 @@ class KVCache:
         key, value = (_write_rows(old[layer], new, self.length) for old, new in ((self.key, key), (self.value, value)))
         return dataclasses.replace(self, key=_with(self.key, layer, key), value=_with(self.value, layer, value))
 
-    def take(self, rows: Int[Array, " R"]) -> KVCache:
-        """Return the cache of these rows, in this order; a row may come several times."""
+    def take(self, rows: Int[Array, " R"], groups: Int[Array, " G"] | None = None) -> KVCache:
+        """Return the cache of these rows, in this order; a row may come several times. Groups change nothing here."""
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
 
 
@@ -190,15 +190,15 @@ class DecoderCache(KVCache):
     source side by side): what belongs to a source is kept once.
     """
 
-    source_key: tuple[Float[Array, "G N S H"], ...]
-    source_value: tuple[Float[Array, "G N S H"], ...]
-    source_mask: Bool[Array, "G S"]
+    source_key: tuple[Float[Array, "G N source H"], ...]
+    source_value: tuple[Float[Array, "G N source H"], ...]
+    source_mask: Bool[Array, "G source"]
 
     def has_source(self, layer: int) -> bool:
         """Whether the keys and values of `layer` are there."""
         return layer < len(self.source_key)
 
-    def start_source(self, key: Float[Array, "G N S H"], value: Float[Array, "G N S H"]) -> DecoderCache:
+    def start_source(self, key: Float[Array, "G N source H"], value: Float[Array, "G N source H"]) -> DecoderCache:
         """Add those of the next layer."""
         return dataclasses.replace(self, source_key=(*self.source_key, key), source_value=(*self.source_value, value))
 

@@ -1,0 +1,266 @@
+"""What a run is made of: data, optimiser, devices, budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxgpt.config.conversion import require
+from jaxgpt.config.models import BlockConfig, GPTConfig, TransformerConfig
+
+Strategy = Literal["auto", "single", "pmap", "mesh"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from, how it becomes tokens, and how many make a batch."""
+
+    path: tuple[str, ...] = ()
+    """text files, folders, .jsonl files, or - for standard input (default: the Python standard library's source)"""
+    text_field: str = "text"
+    """the field of a .jsonl line that holds the text"""
+    tokenizer: str = "bpe"
+    """byte, character, bpe (trained on the data), or the path of a tokenizer.json or of a folder that has one"""
+    vocab_size: int = 4096
+    """tokens of a BPE that is trained on the data"""
+    unknown: Literal["error", "token"] = "error"
+    """a character outside a character vocabulary: an error that names it, or an unknown token"""
+    held_out: float = 0.1
+    """share of the text kept for evaluation: whole documents, or the end of a single text"""
+    batch_size: int = 12
+    """global batch of one step, in sequences, whatever the number of devices"""
+    sequence_length: int | None = None
+    """tokens of one training sequence (default: the model's context)"""
+    cache: str | None = None
+    """folder for tokenised text (default: jaxgpt/tokens in the user's cache folder)"""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"data.batch-size is {self.batch_size}; it must be at least 1")
+        require(0.0 < self.held_out < 1.0, f"data.held-out is {self.held_out}; it must be between 0 and 1")
+        require(
+            self.vocab_size >= 257,
+            f"data.vocab-size is {self.vocab_size}; a byte-level BPE has at least 257 (256 bytes and end-of-text)",
+        )
+        length = self.sequence_length
+        require(length is None or length >= 1, f"data.sequence-length is {length}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Where parallel text comes from, how it becomes tokens, and how many make a batch."""
+
+    path: tuple[str, ...] = ()
+    """two aligned text files, source then target, or one .tsv or .jsonl (default: phrases made by rule)"""
+    validation: tuple[str, ...] = ()
+    """the same for the pairs held out (default: a share of those in path)"""
+    source_field: str = "source"
+    """the field of a .jsonl line that holds the source"""
+    target_field: str = "target"
+    """the field of a .jsonl line that holds the target"""
+    held_out: float = 0.05
+    """share of the pairs held out where no validation is given"""
+    tokenizer: str = "bpe"
+    """bpe (byte-level, one for both sides, trained on them), or the path of a tokenizer.json or its folder"""
+    vocab_size: int = 10_000
+    """tokens of a BPE that is trained on the data"""
+    max_source: int | None = None
+    """pairs with more source tokens are left out, and counted (default: what the model's context has room for)"""
+    max_target: int | None = None
+    """the same for the target"""
+    batch_tokens: int = 4096
+    """target places of one global batch, padding included, whatever the number of devices"""
+    buckets: int = 8
+    """shapes of batches: sentences of about the same length go together, and each shape is compiled once"""
+    row_multiple: int = 8
+    """the sentences of every batch are a multiple of this; devices x micro-batches must divide it"""
+
+    def __post_init__(self) -> None:
+        require(len(self.path) <= 2, f"data.path has {len(self.path)} files; it takes one or two")
+        require(len(self.validation) <= 2, f"data.validation has {len(self.validation)} files; it takes one or two")
+        require(bool(self.path) or not self.validation, "data.validation is given without data.path")
+        require(0.0 < self.held_out < 1.0, f"data.held-out is {self.held_out}; it must be between 0 and 1")
+        require(
+            self.vocab_size >= 257,
+            f"data.vocab-size is {self.vocab_size}; a byte-level BPE has at least 257 (256 bytes and end-of-text)",
+        )
+        for name in ("max_source", "max_target", "batch_tokens", "buckets", "row_multiple"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Clip by global norm, AdamW (or Muon for matrices), warm up, decay."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the blocks' matrices and adamw for the rest"""
+    learning_rate: float = 1e-3
+    """peak learning rate of AdamW"""
+    final_learning_rate: float = 1e-4
+    """learning rate at the last step (cosine, linear, wsd)"""
+    muon_learning_rate: float = 0.02
+    """peak learning rate of Muon's matrices; follows the same schedule"""
+    schedule: Literal["cosine", "linear", "inverse-sqrt", "noam", "wsd", "constant"] = "cosine"
+    """what follows the linear warm-up; noam is inverse-sqrt with learning-rate a factor of 1 / sqrt(width x warm-up)"""
+    warmup_steps: int = 100
+    """steps from zero to the peak"""
+    decay_share: float = 0.2
+    """wsd: the share of the run, at its end, in which the rate falls"""
+    beta1: float = 0.9
+    """decay of the first moment"""
+    beta2: float = 0.99
+    """decay of the second moment"""
+    epsilon: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """decoupled decay, on matrices only"""
+    clip_norm: float | None = 1.0
+    """largest global norm of the gradient (None: no clipping)"""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "muon_learning_rate", "epsilon"):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name.replace('_', '-')} is {value}; it must be positive")
+        for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name.replace('_', '-')} is {value}; it must not be negative")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} is {value}; it must be in [0, 1)")
+        require(0 < self.decay_share <= 1, f"optimizer.decay-share is {self.decay_share}; it must be in (0, 1]")
+        norm = self.clip_norm
+        require(norm is None or norm > 0, f"optimizer.clip-norm is {norm}; it must be positive, or None")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one step is spread over devices. It changes how long a step takes, not what it computes."""
+
+    strategy: Strategy = "auto"
+    """single: one device; pmap: data-parallel jax.pmap; mesh: jit over a mesh; auto: pmap if several devices"""
+    devices: int | None = None
+    """how many local devices (default: all that divide the batch)"""
+    gradient_accumulation: int = 1
+    """micro-batches a device computes one after another for one step"""
+
+    def __post_init__(self) -> None:
+        require(self.devices is None or self.devices >= 1, f"parallel.devices is {self.devices}; it must be at least 1")
+        steps = self.gradient_accumulation
+        require(steps >= 1, f"parallel.gradient-accumulation is {steps}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run has, whatever it learns."""
+
+    model: BlockConfig = field(default_factory=BlockConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    steps: int = 2000
+    """optimiser steps"""
+    seed: int = 1337
+    """initial weights, data order and dropout all follow from it"""
+    out: str | None = None
+    """the run folder (default: a new folder under runs/, named after the recipe)"""
+    resume: Literal["never", "latest"] = "never"
+    """latest: go on from the newest checkpoint in the run folder, or start if there is none"""
+    max_seconds: float | None = None
+    """end by the clock: the schedule follows the share of this budget used, so the run still ends annealed"""
+    eval_interval: int = 250
+    """steps between evaluations of the whole held-out split"""
+    checkpoint_interval: int | None = None
+    """steps between checkpoints (default: at every evaluation)"""
+    average: int = 1
+    """the newest checkpoints whose mean is the model in the end (see --checkpoint average); they are all kept"""
+    patience: int | None = None
+    """end early after so many evaluations without a lower held-out loss"""
+    log_interval: int = 10
+    """steps between lines of metrics.jsonl; the first 20 steps are all logged"""
+    quiet: bool = False
+    """print nothing but errors"""
+    tensorboard: bool = False
+    """write TensorBoard events into the run folder too (needs the extra 'tensorboard')"""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2**31)")
+        for name in ("steps", "eval_interval", "checkpoint_interval", "average", "patience", "log_interval"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        seconds = self.max_seconds
+        require(seconds is None or seconds > 0, f"max-seconds is {seconds}; it must be positive")
+
+    @property
+    def batch_unit(self) -> tuple[str, int]:
+        """What devices x micro-batches must divide: the setting, and its value."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A pretraining run: a GPT learns to predict text."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sample_tokens: int = 256
+    """tokens of the sample at the end; 0 for none"""
+    sample_prompt: str | None = None
+    """what the sample continues (default: a new document, or the start of a single text's held-out part)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.sample_tokens >= 0, f"sample-tokens is {self.sample_tokens}; it must not be negative")
+        require(
+            self.sequence_length <= self.model.context,
+            f"data.sequence-length is {self.data.sequence_length}, longer than model.context {self.model.context}",
+        )
+
+    @property
+    def batch_unit(self) -> tuple[str, int]:
+        """The global batch in sequences."""
+        return "data.batch-size", self.data.batch_size
+
+    @property
+    def sequence_length(self) -> int:
+        """T, tokens of one training sequence."""
+        return self.data.sequence_length or self.model.context
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one global batch."""
+        return self.data.batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class TranslationConfig(RunConfig):
+    """A translation run: an encoder-decoder learns to turn sources into targets."""
+
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    data: PairsConfig = field(default_factory=PairsConfig)
+    label_smoothing: float = 0.1
+    """share of the target's probability that is spread over the vocabulary (Szegedy et al. 2016)"""
+    validation_sentences: int = 500
+    """held-out sentences translated at each evaluation, greedily, for BLEU and exact match; 0 for none"""
+    samples: int = 4
+    """held-out sentences translated at the end, to be looked at; 0 for none"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, f"label-smoothing is {smoothing}; it must be in [0, 1)")
+        for name in ("validation_sentences", "samples"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name.replace('_', '-')} is {value}; it must not be negative")
+        room = self.model.context - 1  # a place is the start or the end token's
+        for name in ("max_source", "max_target"):
+            value = getattr(self.data, name)
+            shown = f"data.{name.replace('_', '-')} is {value}"
+            require(value is None or value <= room, f"{shown}, more than model.context {self.model.context} less one")
+
+    @property
+    def batch_unit(self) -> tuple[str, int]:
+        """The sentences of every batch are a multiple of this."""
+        return "data.row-multiple", self.data.row_multiple
+
+
+# The kind of config of each task, by the name that stands in a run's config.json.
+TASKS: dict[str, type[RunConfig]] = {"language-modelling": TrainConfig, "translation": TranslationConfig}

@@ -1,0 +1,40 @@
+"""What JAX computes too, but slower on CPU: functions of every row of an array as wide as the vocabulary."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def log_softmax(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
+    """`jax.nn.log_softmax`, in half the time on CPU; all of a row is NaN if a logit is."""
+    greatest = _maxima(logits, math.isqrt(logits.shape[-1])).max(axis=-1, keepdims=True)
+    shifted = logits - greatest
+    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+
+
+def top_k(values: Float[Array, "R V"], k: int) -> tuple[Float[Array, "R k"], Int[Array, "R k"]]:
+    """`jax.lax.top_k`, in half the time on CPU (in float64 in a tenth); of equal values it may choose others.
+
+    Writes each row as a table. The k greatest values are in the k columns with the greatest maxima: look only there.
+    """
+    size = values.shape[-1]
+    width = size // max(1, math.isqrt(size // k))
+    columns = jnp.sort(jax.lax.top_k(_maxima(values, width), k)[1], axis=-1)
+    places = jnp.arange(0, size, width, dtype=jnp.int32)[:, None] + columns[:, None]
+    places = places.reshape(len(values), -1)
+    inside = jnp.take_along_axis(values, places, axis=-1, mode="fill", fill_value=-jnp.inf)
+    best, which = jax.lax.top_k(jax.lax.optimization_barrier(inside), k)
+    return best, jnp.take_along_axis(places, which, axis=-1)
+
+
+def _maxima(values: Float[Array, "R V"], width: int) -> Float[Array, "R width"]:
+    """The maximum of each column, each row written as a table so wide: on CPU faster than any other maximum."""
+    whole = values.shape[-1] // width * width
+    table = values[:, :whole].reshape(len(values), -1, width)
+    rest = jnp.pad(values[:, whole:], ((0, 0), (0, whole + width - values.shape[-1])), constant_values=-jnp.inf)
+    # XLA would make one slow loop of this maximum and the next.
+    return jax.lax.optimization_barrier(jnp.maximum(table.max(axis=1), rest))

@@ -1,0 +1,28 @@
+"""Functions of rows as wide as the vocabulary equal JAX's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.generation.rows import log_softmax, top_k
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_they_are_equal(seed, dtype):
+    random = np.random.default_rng(seed)
+    rows, size = random.integers(1, 9), int(random.integers(1, 2 ** random.integers(1, 12)))
+    k = int(random.integers(1, size + 1) if seed % 2 else random.integers(1, min(size, 9) + 1))
+    values = jnp.array(random.normal(0, 5, (rows, size)), dtype).at[:, random.integers(0, size)].set(-jnp.inf)
+    best, places = jax.jit(top_k, static_argnums=1)(values, k)
+    np.testing.assert_array_equal(best, jax.lax.top_k(values, k)[0])
+    np.testing.assert_array_equal(jnp.take_along_axis(values, places, axis=1), best)
+    assert all(len(set(row)) == k for row in np.asarray(places).tolist())
+    if size > 1 and dtype == "float32":
+        np.testing.assert_allclose(jax.jit(log_softmax)(values), jax.nn.log_softmax(values), atol=1e-5)
+
+
+def test_one_value_that_is_no_number_makes_the_row_none():
+    values = jnp.zeros((2, 1000)).at[1, 777].set(jnp.nan)
+    assert np.isnan(log_softmax(values)).all(axis=1).tolist() == [False, True]
