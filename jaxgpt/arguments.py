@@ -53,6 +53,12 @@ def parse(kind: type[T], arguments: list[str], prog: str, default: T | None = No
         raise ValueError(_first_sentence(errors.getvalue())) from None
 
 
+def value_of(flag: str, arguments: list[str]) -> str | None:
+    """The last value of a flag among arguments that are still to be parsed; None if it has none."""
+    found = [values[-1] for name, values in _grouped(arguments, None) if name == flag and values]
+    return found[-1] if found else None
+
+
 def _freed(flag: str, values: list[str], settings: dict[str, Any], positional: str) -> Iterator[tuple[str, list[str]]]:
     """A flag with the values it can have, and the words after them as those of `positional`."""
     count = len(values)

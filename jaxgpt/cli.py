@@ -16,11 +16,13 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jaxgpt import __version__, recipes
-from jaxgpt.arguments import parse
+from jaxgpt.arguments import parse, value_of
 from jaxgpt.config import GenerationConfig, require, suggestion
+from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.report import make_reporter
 
 if TYPE_CHECKING:
@@ -61,8 +63,7 @@ class RunOptions:
     model: str
     """a run folder"""
     checkpoint: Literal["best", "last", "average"] | None = None
-    """a run: the checkpoint with the lowest held-out loss, the newest, or the mean of the newest (default: average if
-    the run was to average several, else best)"""
+    """a run: its best checkpoint, its newest, or the mean of its newest (default: average if it averages, else best)"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """what is computed in (default: a run's own; float32 for other models)"""
 
@@ -107,10 +108,9 @@ class SearchOptions:
     beam: int = 4
     """beams of the search; 1 takes the most likely token each time"""
     length_rule: Literal["wu", "fairseq", "hf"] = "wu"
-    """what a translation's log-probability is divided by, n its tokens with the end token: ((5 + n) / 6)^penalty (wu,
-    the paper's), n^penalty (fairseq, and hf, which lets a translation end at the limit without an end token)"""
+    """what the log-probability of n tokens, end token included, is divided by: ((5 + n) / 6)^p (wu), n^p (others)"""
     length_penalty: float = 0.6
-    """the penalty in that; 0 divides by nothing, more makes translations longer"""
+    """p in that; 0 divides by nothing, more makes translations longer"""
     max_length: int | None = None
     """tokens of a translation, its end token included, at most (default: twice the source's and 10)"""
     batch_size: int = 64
@@ -267,12 +267,13 @@ def _train(arguments: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(TRAIN_USAGE.format(recipes=recipes.describe()))
     prog = "python train.py [RECIPE]"
-    chosen = recipes.recipe(recipe)
+    chosen, out = recipes.recipe(recipe), value_of("--out", arguments)
+    if named is None and out is not None and RunFolder(Path(out)).exists():
+        chosen = RunFolder(Path(out)).saved_config()  # what is resumed may be of another task, with other settings
     config = parse(type(chosen), arguments, prog, chosen)
 
     # Everything below needs JAX; what is above answers without it.
     from jaxgpt import launch
-    from jaxgpt.storage.runs import RunFolder
 
     run = RunFolder(launch.run_path(config, recipe))
     if config.resume == "latest" and not run.exists():

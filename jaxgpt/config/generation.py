@@ -36,8 +36,7 @@ class GenerationConfig:
     length_penalty: float = 1.0
     """beam search: a text's log-probability is divided by its new tokens to this power"""
     length_rule: Literal["hf", "fairseq", "wu"] = "hf"
-    """beam search: what the log-probability of n new tokens, the stop token included, is divided by: n^penalty (hf,
-    fairseq) or ((5 + n) / 6)^penalty (wu); with fairseq and wu a text ends with a stop token also at its limit"""
+    """beam search: what n new tokens' log-probability is divided by: n^penalty (hf, fairseq), ((5 + n) / 6)^penalty (wu)"""
     early_stopping: Literal["true", "false", "never"] = "false"
     """beam search: stop once there are enough texts (true), when better ones are unlikely, or impossible (never)"""
     stop: tuple[str, ...] = ()
