@@ -13,9 +13,8 @@ from program import ROOT, environment
 TINY = ["--size", "tiny", "--vocab-size", "300", "--batch", "3", "--prompt-tokens", "8", "--new-tokens", "12"]
 SMALL = ["shakespeare-char-cpu", "--batch-size", "4", "--sequence-length", "8", "--steps", "2", "--rounds", "2"]
 
-PAIRS = (
-    "--size tiny --vocab-size 300 --batch-size 4 --length 6 --steps 2 --sentences 3 --new-tokens 5 --rounds 2".split()
-)
+PAIRS = ["--size", "tiny", "--vocab-size", "300", "--rounds", "2"]
+PAIRS += ["--batch-size", "4", "--length", "6", "--steps", "2", "--sentences", "3", "--new-tokens", "5"]
 
 
 def benchmark(cache, *arguments, script="train_step.py", devices=1, code=0):
@@ -148,7 +147,7 @@ def test_translate_makes_the_same_tokens_as_marian(translated):
         assert decoded["distinct_tokens_per_text"] > 1.5, "else agreement shows nothing"
         agreed = decoded["results"]["transformers"]["agreement"]
         assert agreed == {"equal_tokens": 1.0, "equal_texts": 3, "first_difference": None}
-        assert 0 < decoded["results"]["ours"]["sentences_per_second"]["median"]
+        assert decoded["results"]["ours"]["sentences_per_second"]["min"] > 0
 
 
 def test_translate_measures_one_part_alone(tmp_path):
@@ -164,7 +163,6 @@ def test_translate_measures_one_part_alone(tmp_path):
         (["--new-tokens", "300"], "300 tokens do not fit the context of 256"),
         ([*PAIRS, "--beams", "0"], "each must be at least 1"),
         ([*PAIRS, "--compile", "--vs", "none"], "needs --vs torch"),
-        ([*PAIRS, "--parts", "decode", "--beams", "301"], "more than the vocabulary of 300"),
     ],
 )
 def test_bad_input_to_translate_is_one_line(tmp_path, arguments, message):

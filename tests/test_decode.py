@@ -10,7 +10,8 @@ import pytest
 from jaxgpt.config import GenerationConfig, GPTConfig
 from jaxgpt.generation.decode import Text, bucket, gpt_decoder, guess, padded
 from jaxgpt.generation.sampling import choose_token, rules
-from jaxgpt.models.gpt import GPT, decoding_parameters, init_parameters, output_head
+from jaxgpt.models.blocks import decoding_parameters
+from jaxgpt.models.gpt import GPT, init_parameters, output_head
 from jaxgpt.models.losses import unembed
 
 CONTEXT = 8

@@ -12,7 +12,8 @@ import pytest
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.models.attention import empty_cache
-from jaxgpt.models.gpt import GPT, decode_step, decoding_parameters, init_parameters, output_head, prefill
+from jaxgpt.models.blocks import decoding_parameters
+from jaxgpt.models.gpt import GPT, decode_step, init_parameters, output_head, prefill
 from jaxgpt.models.losses import cross_entropy, unembed
 
 TINY = GPTConfig(vocab_size=50, context=24, layers=3, heads=2, width=16, unroll=1)

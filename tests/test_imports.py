@@ -19,11 +19,11 @@ RANK |= {
     "tasks": 3,
     "reference": 3,
     "api": 4,
-    "pretrain": 4,
+    "launch": 4,
     "evaluate": 5,
     "verify": 5,
 }
-RANK |= {"cli": 6, "apps": 6, "__main__": 7, "__init__": 7}
+RANK |= {"apps": 6, "cli": 7, "__main__": 8, "__init__": 8}
 ONLY = {"recipes": {"config"}, "arguments": {"config"}, "config": set(), "environment": set()}
 ONLY |= {"__init__": {"environment"}, "__main__": {"cli"}}
 HEAVY = {"torch", "transformers", "matplotlib", "tensorboardX"}
@@ -110,7 +110,7 @@ def loaded_after(program):
     [
         "import jaxgpt",
         "from jaxgpt.cli import main; main(['--help'])",
-        "from jaxgpt.cli import main; [main([verb, '--help']) for verb in 'train generate evaluate'.split()]",
+        "from jaxgpt.cli import main; [main([verb, '--help']) for verb in 'train generate translate evaluate'.split()]",
         "from jaxgpt.cli import main; [main([verb, '--help']) for verb in 'export verify'.split()]",
         "from jaxgpt.cli import main; main(['train', '--stepz', '3'])",
         "import jaxgpt.data.batches, jaxgpt.data.shards, jaxgpt.storage.runs, jaxgpt.recipes",

@@ -78,7 +78,7 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(config):
         task = LanguageModelling(
             dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size)), text
         )
-        evaluate = jax.jit(functools.partial(evaluate_step, loss=task.loss))
+        evaluate = jax.jit(functools.partial(evaluate_step, sums=task.evaluation_sums))
         parameters = task.init(jax.random.key(0))
         sums = [evaluate(parameters, batch) for batch in task.evaluation_batches()]
         results.append(np.sum(np.array(sums, np.float64), axis=0))
@@ -89,11 +89,11 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(config):
 def test_bits_per_byte_are_what_the_text_would_take(task, config):
     """The bits of all held-out tokens over the bytes they stand for."""
     held_out = prepare(config.data).held_out
-    metrics = task.evaluation_metrics(loss_sum=60.0, weight=40.0)
+    metrics = task.evaluation_metrics([60.0, 40.0], {})
     assert metrics["eval/loss"] == 1.5 and metrics["eval/perplexity"] == pytest.approx(math.exp(1.5))
     assert held_out.bytes == len(TEXT[int(len(TEXT) * 0.8 + 1e-6) :].encode())
     assert metrics["eval/bits_per_byte"] == pytest.approx(1.5 / math.log(2) * len(held_out) / held_out.bytes)
-    uniform = task.evaluation_metrics(math.log(256) * 9, 9.0)
+    uniform = task.evaluation_metrics([math.log(256) * 9, 9.0], {})
     assert uniform["eval/bits_per_byte"] == pytest.approx(8.0)  # bytes: as many tokens as bytes
 
 
@@ -102,12 +102,12 @@ def test_bits_per_byte_count_bytes_and_not_characters(config):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="character"))
     text = prepare(config.data)
     assert len(text.held_out) < text.held_out.bytes
-    bits = LanguageModelling(config, text).evaluation_metrics(math.log(128) * 9, 9.0)["eval/bits_per_byte"]
+    bits = LanguageModelling(config, text).evaluation_metrics([math.log(128) * 9, 9.0], {})["eval/bits_per_byte"]
     assert bits * text.held_out.bytes == pytest.approx(7 * len(text.held_out))
 
 
 def test_a_hopeless_model_has_a_perplexity_too(task):
-    assert math.isfinite(task.evaluation_metrics(1e6, 1.0)["eval/perplexity"])
+    assert math.isfinite(task.evaluation_metrics([1e6, 1.0], {})["eval/perplexity"])
 
 
 def test_batches_go_on_where_a_run_stopped(task):

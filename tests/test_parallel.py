@@ -40,7 +40,7 @@ def run(strategy, devices, accumulation=1, steps=3):
     layout = choose_layout(ParallelConfig(strategy, devices, accumulation), ROWS)
     step = functools.partial(train_step, loss=LOSS, optimizer=OPTIMIZER, seed=5, micro_batches=accumulation)
     program = layout.compile(step, scalars=1, donate=True)
-    evaluation = layout.compile(functools.partial(evaluate_step, loss=LOSS))
+    evaluation = layout.compile(functools.partial(evaluate_step, sums=functools.partial(LOSS, dropout_keys=None)))
     state, seen = initial_state(layout), []
     for number in range(steps):
         state, metrics = program(state, layout.place(make_batch(number)), np.float32(number))

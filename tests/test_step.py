@@ -122,8 +122,14 @@ def test_the_position_reaches_the_optimizer(x64):
 
 def test_evaluation_is_without_dropout(x64):
     batch, parameters = make_batch(), make_parameters()
-    total, weight = evaluate_step(parameters, batch, loss=loss)
+
+    def without_keys(parameters, batch):
+        return loss(parameters, batch, None)
+
+    total, weight = evaluate_step(parameters, batch, sums=without_keys)
     expected, _ = loss(parameters, batch, None)
     assert float(total) == float(expected) and float(weight) == float(batch["weights"].sum())
-    summed = evaluate_step(parameters, batch, loss=loss, reduce=lambda tree: jax.tree.map(lambda x: 2 * x, tree))
+    summed = evaluate_step(
+        parameters, batch, sums=without_keys, reduce=lambda tree: jax.tree.map(lambda x: 2 * x, tree)
+    )
     assert summed == (2 * total, 2 * weight)

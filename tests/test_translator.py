@@ -162,13 +162,17 @@ def test_scores_are_those_of_sacrebleu(run, translator, tmp_path, capsys):
     (tmp_path / "source").write_text("".join(f"{source}\n" for source, _ in pairs))
     # Half of the references are what the model says, so that the score is neither 0 nor 100.
     texts = [result.text for result in translator.translate_batch([source for source, _ in pairs])]
-    references = [text if number % 2 else target for number, (text, (_, target)) in enumerate(zip(texts, pairs))]
+    references = [
+        text if number % 2 else target for number, (text, (_, target)) in enumerate(zip(texts, pairs, strict=True))
+    ]
     (tmp_path / "reference").write_text("".join(f"{text}\n" for text in references))
     scores = evaluate(translator, tmp_path / "source", tmp_path / "reference", tokenize="none")
     bleu = sacrebleu.metrics.BLEU(tokenize="none")
     assert scores.bleu == pytest.approx(bleu.corpus_score(texts, [references]).score)
     assert scores.chrf == pytest.approx(sacrebleu.metrics.CHRF().corpus_score(texts, [references]).score)
-    assert scores.exact_match == np.mean([text.split() == ref.split() for text, ref in zip(texts, references)])
+    assert scores.exact_match == np.mean(
+        [text.split() == ref.split() for text, ref in zip(texts, references, strict=True)]
+    )
     files = ["--source", str(tmp_path / "source"), "--reference", str(tmp_path / "reference")]
     assert main(["evaluate", "--model", str(run), *files, "--tokenize", "none", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

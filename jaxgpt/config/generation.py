@@ -34,9 +34,9 @@ class GenerationConfig:
     beams: int = 1
     """beam search with this many beams instead of sampling; the best texts are returned"""
     length_penalty: float = 1.0
-    """beam search: a text's log-probability is divided by its new tokens to this power"""
+    """beam search: the penalty of the length rule; a greater one makes texts longer"""
     length_rule: Literal["hf", "fairseq", "wu"] = "hf"
-    """beam search: what n new tokens' log-probability is divided by: n^penalty (hf, fairseq), ((5 + n) / 6)^penalty (wu)"""
+    """beam search: what the log-probability of n tokens is divided by: n^penalty (hf, fairseq), ((5+n)/6)^penalty"""
     early_stopping: Literal["true", "false", "never"] = "false"
     """beam search: stop once there are enough texts (true), when better ones are unlikely, or impossible (never)"""
     stop: tuple[str, ...] = ()
