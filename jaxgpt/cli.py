@@ -138,7 +138,7 @@ class TranslateOptions(SearchOptions, RunOptions):
     n_best: int = 1
     """translations of each line; more than 1 prints each as line number, score and text, tab-separated"""
     strict: bool = False
-    """refuse a line with more tokens than the model can read, instead of translating what fits and saying so"""
+    """leave a line with more tokens than the model can read untranslated (an empty line, exit code 2), not cut off"""
     json: bool = False
     """print one JSON object a line: source, text, hypotheses (text and score, best first)"""
     attention: str | None = None
@@ -348,16 +348,18 @@ def _translate(arguments: list[str]) -> int:
     translator = _load_translator(options)
     settings = options.settings(options.n_best)
     results = translator.stream(lines, settings, batch_size=options.batch_size, ready=ready)
+    refused = False
     for number, translated in enumerate(results, 1):
         if translated.cut:
-            room = translator.max_source
+            room, rest = translator.max_source, "it" if options.strict else "the rest of it"
             beyond = f"line {number} has {room + translated.cut} tokens, and the model can read {room}"
-            require(not options.strict, beyond)
-            print(f"jaxgpt: {beyond}; the rest of it is not translated", file=sys.stderr)
+            print(f"jaxgpt: {beyond}; {rest} is not translated", file=sys.stderr)
+        if translated.cut and options.strict:
+            translated, refused = dataclasses.replace(translated, text="", hypotheses=()), True
         print(_shown(translated, number, options), flush=True)
         if number == 1 and options.attention and translated.text:
             draw_attention(*translator.attention(translated.source, translated.text), options.attention)
-    return 0
+    return 2 if refused else 0
 
 
 def _shown(translated: Translated, number: int, options: TranslateOptions) -> str:

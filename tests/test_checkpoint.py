@@ -138,6 +138,42 @@ def test_the_newest_and_the_best_are_kept_and_nothing_else(tmp_path, losses, kep
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == sorted(map(str, kept))
 
 
+def test_several_of_the_newest_are_kept_where_they_are_wanted(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=3)
+    for step, loss in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 1):
+        checkpoints.save(step, make_trees(step), metrics={METRIC: loss}, extra={})
+    assert checkpoints.steps == [1, 4, 5, 6]
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_the_mean_of_the_newest(saved_three, count):
+    shapes = shapes_of(make_trees())["parameters"]
+    mean, taken = Checkpoints(saved_three, read_only=True).restore_average(count, shapes, device())
+    assert taken == min(count, 3)
+    trees = [make_trees(step)["parameters"] for step in (1, 2, 3)[-taken:]]
+
+    def assert_mean(ours, *theirs):
+        assert ours.dtype == theirs[0].dtype
+        expected = np.mean([np.array(leaf, np.float64) for leaf in theirs], axis=0)
+        np.testing.assert_allclose(np.array(ours, np.float64), expected, rtol=0.02, atol=0.02)
+
+    jax.tree.map(assert_mean, mean, *trees)
+    np.testing.assert_allclose(
+        mean["blocks"]["kernel"], np.mean([tree["blocks"]["kernel"] for tree in trees], axis=0), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.fixture(scope="module")
+def saved_three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three") / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_trees(step), metrics=None, extra={})
+    checkpoints.close()
+    return folder
+
+
 def test_a_resumed_run_still_knows_the_best(tmp_path):
     save(tmp_path / "c", [1.0, 3.0])
     save(tmp_path / "c", [2.0], start=3)

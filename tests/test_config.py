@@ -10,12 +10,17 @@ from jaxgpt.config import (
     GenerationConfig,
     GPTConfig,
     OptimizerConfig,
+    PairsConfig,
     ParallelConfig,
     TrainConfig,
+    TransformerConfig,
+    TranslationConfig,
     flatten,
     from_dict,
+    gpt_size,
     suggestion,
     to_dict,
+    transformer_size,
 )
 from jaxgpt.recipes import RECIPES, recipe
 
@@ -35,13 +40,32 @@ UNUSUAL = TrainConfig(
         warmup_steps=3, decay_share=0.5, beta1=0.5, beta2=0.5, epsilon=0.5, weight_decay=0.5, clip_norm=None,
     ),
     parallel=ParallelConfig(strategy="mesh", devices=2, gradient_accumulation=2),
-    steps=7, seed=8, out="o", resume="latest", max_seconds=9.5, eval_interval=10, checkpoint_interval=11,
-    log_interval=12, sample_tokens=13, sample_prompt="p", quiet=True, tensorboard=True,
+    steps=7, seed=8, out="o", resume="latest", max_seconds=9.5, eval_interval=10, checkpoint_interval=11, average=3,
+    patience=4, log_interval=12, sample_tokens=13, sample_prompt="p", quiet=True, tensorboard=True,
+)  # fmt: skip
+UNUSUAL_TRANSLATION = TranslationConfig(
+    model=TransformerConfig(
+        encoder_layers=2, decoder_layers=3, init_std=0.1,
+        **{key: value for key, value in vars(UNUSUAL.model).items() if key in
+           {"vocab_size", "context", "heads", "width", "hidden", "dropout", "bias", "norm_epsilon", "parameter_dtype",
+            "compute_dtype", "attention", "remat", "unroll", "embedding_dropout", "attention_dropout",
+            "scale_attention", "scale_attention_by_layer"}},
+        positions="learned", activation="gelu", norm="pre",
+    ),
+    data=PairsConfig(
+        path=("a", "b"), validation=("c",), source_field="s", target_field="t", held_out=0.25, tokenizer="x",
+        vocab_size=512, max_source=5, max_target=6, batch_tokens=7, buckets=8 - 1, row_multiple=9,
+    ),
+    optimizer=UNUSUAL.optimizer, parallel=UNUSUAL.parallel,
+    **{key: value for key, value in vars(UNUSUAL).items() if key in
+       {"steps", "seed", "out", "resume", "max_seconds", "eval_interval", "checkpoint_interval", "average", "patience",
+        "log_interval", "quiet", "tensorboard"}},
+    label_smoothing=0.2, validation_sentences=3, samples=2,
 )  # fmt: skip
 
 
 def through_json(config):
-    return from_dict(TrainConfig, json.loads(json.dumps(to_dict(config))))
+    return from_dict(type(config), json.loads(json.dumps(to_dict(config))))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -49,10 +73,11 @@ def test_every_recipe_survives_json(name):
     assert through_json(recipe(name)) == recipe(name)
 
 
-def test_every_field_survives_json():
-    default = flatten(TrainConfig())
-    assert [key for key, value in flatten(UNUSUAL).items() if value == default[key]] == []
-    assert through_json(UNUSUAL) == UNUSUAL
+@pytest.mark.parametrize("unusual", [UNUSUAL, UNUSUAL_TRANSLATION], ids=["lm", "translation"])
+def test_every_field_survives_json(unusual):
+    default = flatten(type(unusual)())
+    assert [key for key, value in flatten(unusual).items() if value == default[key]] == []
+    assert through_json(unusual) == unusual
 
 
 def test_a_whole_number_is_a_float_where_one_is_wanted():
@@ -116,6 +141,42 @@ def test_a_bad_value_is_refused_by_the_name_of_its_flag(key, value):
     values = {section[0]: {name: value}} if section else {name: value}
     with pytest.raises(ValueError, match=rf"^{key} is {value}, |^{key} is {value};"):
         from_dict(TrainConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model.encoder-layers", 0), ("model.decoder-layers", 0), ("label-smoothing", 1.0), ("label-smoothing", -0.1)]
+    + [("validation-sentences", -1), ("samples", -1), ("average", 0), ("patience", 0), ("data.vocab-size", 256)]
+    + [(f"data.{name}", 0) for name in ("max-source", "max-target", "batch-tokens", "buckets", "row-multiple")]
+    + [("data.max-source", 256), ("data.max-target", 999), ("data.held-out", 1.0)],
+)
+def test_a_bad_value_of_a_translation_is_refused_too(key, value):
+    *section, name = key.replace("-", "_").split(".")
+    values = {section[0]: {name: value}} if section else {name: value}
+    with pytest.raises(ValueError, match=rf"^{key} is {value}[,;]"):
+        from_dict(TranslationConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": ("a", "b", "c")}, r"data\.path has 3 files; it takes one or two"),
+        ({"path": ("a",), "validation": ("b", "c", "d")}, r"data\.validation has 3 files"),
+        ({"validation": ("b",)}, r"data\.validation is given without data\.path"),
+    ],
+)
+def test_files_that_are_no_pairs_are_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        PairsConfig(**data)
+
+
+def test_sizes_are_known_by_name():
+    assert (gpt_size("355M").layers, transformer_size("big").heads) == (24, 16)
+    assert transformer_size("tiny", dropout=0.3).dropout == 0.3
+    with pytest.raises(ValueError, match="no Transformer of size bas; did you mean base"):
+        transformer_size("bas")
+    with pytest.raises(ValueError, match="no GPT of size 124; did you mean 124M"):
+        gpt_size("124")
 
 
 def test_sinusoids_need_an_even_width():

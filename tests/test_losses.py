@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jaxgpt.models.losses import cross_entropy, unembed
+from jaxgpt.models.losses import cross_entropy, smoothed_divergence, unembed
 
 
 def test_cross_entropy_is_minus_the_log_of_the_targets_probability():
@@ -39,3 +40,20 @@ def test_unembed_keeps_half_precision_logits_in_float32():
     head = jax.random.normal(jax.random.key(1), (5, 8))
     np.testing.assert_allclose(unembed(hidden, head), np.einsum("BTD,VD->BTV", hidden, head), atol=1e-5)
     assert unembed(hidden.astype(jnp.bfloat16), head).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_label_smoothing_is_a_divergence(x64, smoothing):
+    """KL(q || p) from its definition, q the target's distribution; least, 0, where p is q."""
+    size = 9
+    logits = jax.random.normal(jax.random.key(0), (3, 4, size), "float64") * 2
+    targets = jax.random.randint(jax.random.key(1), (3, 4), 0, size)
+    q = (1 - smoothing) * np.eye(size)[targets] + smoothing / size
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.where(q > 0, q * np.log(np.where(q > 0, q, 1) / p), 0).sum(-1)
+    divergence, nll = smoothed_divergence(logits, targets, smoothing)
+    np.testing.assert_allclose(divergence, expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(nll, -np.log((p * np.eye(size)[targets]).sum(-1)), rtol=1e-10)
+    if smoothing:
+        at_best, _ = smoothed_divergence(jnp.log(q), targets, smoothing)
+        np.testing.assert_allclose(at_best, 0, atol=1e-12)

@@ -63,6 +63,15 @@ def test_without_warm_up_the_first_step_is_at_the_peak(name):
     assert rates([0.0], schedule=name, warmup_steps=0) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("width", "warmup"), [(512, 4000), (64, 10)])
+def test_noam_is_the_papers_formula(width, warmup):
+    """Vaswani et al. 2017, section 5.3: D^-0.5 min(step^-0.5, step warmup^-1.5), its first step having number 1."""
+    config = OptimizerConfig(schedule="noam", warmup_steps=warmup)
+    steps = np.array([1, warmup // 2, warmup - 1, warmup + 1, 4 * warmup, 20 * warmup], float)
+    ours = jax.vmap(make_schedule(config, STEPS, width))(jnp.asarray(steps))
+    np.testing.assert_allclose(ours, width**-0.5 * np.minimum(steps**-0.5, steps * warmup**-1.5), rtol=1e-5)
+
+
 def random_tree(seed, scale=1.0, dtype="float64"):
     shapes = {
         "blocks": {"kernel": (2, 3, 4), "bias": (2, 4), "scale": (2, 3)},

@@ -10,7 +10,14 @@ from program import ROOT, environment, write_text
 from test_api import model_with
 
 from jaxgpt import api
+from jaxgpt.data.phrases import phrases
 
+# By whether the run is resumed, and whether it translates.
+SMALL = {
+    (False, False): "--model.width 24 --sample-tokens 8",
+    (True, False): "--sample-tokens 8",
+    (False, True): "--model.width 16 --data.vocab-size 300 --data.buckets 2 --validation-sentences 8 --samples 1",
+}
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -24,13 +31,19 @@ def shortened(line):
     line = re.sub("^jaxgpt ", f"{sys.executable} -m jaxgpt ", line)
     line = re.sub(r"\bpython (train|benchmarks)", rf"{sys.executable} \1", line)
     if "train.py" in line:
-        small = "" if "--resume" in line else " --model.width 24"
-        line = re.sub(r"--steps \d+", "", line) + f"{small} --steps {5 if '--resume' in line else 3} --sample-tokens 8"
+        steps = 5 if "--resume" in line else 3
+        line = re.sub(r"--steps \d+", "", line) + f" --steps {steps} {SMALL['--resume' in line, of_pairs(line)]}"
     if "benchmarks/train_step" in line:
         line += " --steps 2"
     if "benchmarks/generate" in line:
         line += " --size tiny --vocab-size 300 --batch 1 --prompt-tokens 4 --new-tokens 4 --rounds 1"
+    if "benchmarks/translate" in line:
+        line += " --vocab-size 300 --batch-size 8 --steps 1 --sentences 2 --new-tokens 4 --rounds 1"
     return line
+
+
+def of_pairs(line):
+    return any(recipe in line for recipe in ("train.py translate", "multi30k"))
 
 
 def stand_in_for_gpt2(hub):
@@ -41,6 +54,15 @@ def stand_in_for_gpt2(hub):
     (folder / "refs" / "main").write_text("0" * 40)
 
 
+def write_pairs(folder):
+    """Parallel text under the names the tour gives it."""
+    pairs = phrases()[0]
+    for number, name in enumerate(("train", "val", "test")):
+        part = pairs[number * 40 : number * 40 + 40]
+        for side, language in enumerate(("en", "de")):
+            (folder / f"{name}.{language}").write_text("".join(f"{pair[side]}\n" for pair in part), "utf-8")
+
+
 def test_the_tour_works_as_pasted(tmp_path):
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     for name in ("benchmarks", "jaxgpt", "tests"):
@@ -48,6 +70,7 @@ def test_the_tour_works_as_pasted(tmp_path):
     text = write_text(tmp_path, 20_000).rename(tmp_path / "input.txt")
     text.write_text("ROMEO:\n" + text.read_text())  # whom the tour lets speak
     stand_in_for_gpt2(tmp_path / "hub")
+    write_pairs(tmp_path)
     cache = environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub")}
     cache |= {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"

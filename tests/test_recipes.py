@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxgpt.arguments import parse
-from jaxgpt.config import TrainConfig, flatten
+from jaxgpt.config import flatten
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.recipes import RECIPES, describe, recipe
 from jaxgpt.training.metrics import count_parameters
@@ -70,7 +70,7 @@ def test_the_docstring_holds_the_command(name):
     words = shlex.split(command)[2:]
     if name != "default":
         assert words.pop(0) == name
-    assert parse(TrainConfig, words, prog="train.py", default=recipe(name)).steps == recipe(name).steps
+    assert parse(type(recipe(name)), words, prog="train.py", default=recipe(name)).steps == recipe(name).steps
     assert command in describe()
 
 
