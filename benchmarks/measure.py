@@ -32,11 +32,16 @@ def environment() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": f"{jax.device_count()} x {device.device_kind}",
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measure import cores
 
 from jaxgpt.config import TrainConfig
 
@@ -39,7 +40,7 @@ def torch_train_step(config: TrainConfig, vocab_size: int, tokens: np.ndarray) -
     except ImportError as error:
         raise ValueError("--vs torch needs torch and transformers: pip install torch transformers") from error
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     torch.manual_seed(0)
     model_config, optimizer_config = config.model, config.optimizer
     settings: dict[str, Any] = {
@@ -95,7 +96,7 @@ def hf_generator(folder: Path) -> Generator:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     ).eval()
@@ -129,9 +130,7 @@ def ctranslate2_generators(folder: Path) -> dict[str, Generator]:
     (converted / "config.json").write_text(json.dumps(config | {"unk_token": config["eos_token"]}), "utf-8")
 
     def generator(compute_type: str) -> Generator:
-        model = ctranslate2.Generator(
-            str(converted), compute_type=compute_type, inter_threads=1, intra_threads=os.cpu_count() or 1
-        )
+        model = ctranslate2.Generator(str(converted), compute_type=compute_type, inter_threads=1, intra_threads=cores())
 
         def generate(prompts: np.ndarray, new_tokens: int) -> list[list[int]]:
             results = model.generate_batch(

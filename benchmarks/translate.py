@@ -233,8 +233,8 @@ def in_turn(
 ) -> dict[str, dict[str, Any]]:
     """Time everyone `rounds` times: how much of `amount` a second, and what ours is to theirs, by round."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, turn in turns.items():
+    for number in range(rounds):
+        for name, turn in sorted(turns.items(), reverse=number % 2 == 1):  # nobody is always first
             time.sleep(PAUSE_SECONDS)
             seconds[name].append(seconds_of(turn))
     results: dict[str, dict[str, Any]] = {}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from measure import cores
 
 from jaxgpt.config import OptimizerConfig, TransformerConfig
 from jaxgpt.models.layers import sinusoidal_positions
@@ -45,7 +45,7 @@ def torch_translation_step(
     """
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     torch.manual_seed(0)
     shape = (config.width, config.heads, config.hidden_width, config.dropout)
     same: dict[str, Any] = {"activation": config.activation, "layer_norm_eps": config.norm_epsilon, "batch_first": True}
@@ -121,7 +121,7 @@ def marian_translator(config: TransformerConfig, parameters: Mapping[str, Any], 
     import transformers
 
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     vocab_size = parameters["token_embedding"]["embedding"].shape[0]
     settings: dict[str, Any] = {"activation_function": config.activation, "scale_embedding": True}
     for side, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):

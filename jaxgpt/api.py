@@ -232,7 +232,6 @@ def load(
     if "model_type" in described:
         return _load_published(folder, described, dtype or "float32")
     trained = load_trained(RunFolder(folder), TrainConfig, checkpoint, dtype)
-    assert isinstance(trained.config, TrainConfig)
     separator = trained.tokenizer.separator
     return LanguageModel(trained.config.model, trained.parameters, trained.tokenizer, (separator,))
 

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 75 stopped by a signal and sa
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -140,7 +141,7 @@ class TranslateOptions(SearchOptions, RunOptions):
     strict: bool = False
     """leave a line with more tokens than the model can read untranslated (an empty line, exit code 2), not cut off"""
     json: bool = False
-    """print one JSON object a line: source, text, hypotheses (text and score, best first)"""
+    """print one JSON object a line: source, text, hypotheses (text and score, best first), cut (tokens not read)"""
     attention: str | None = None
     """draw what the translation of the first line looked at into this PNG file"""
 
@@ -153,7 +154,7 @@ class TranslateOptions(SearchOptions, RunOptions):
 
 @dataclass(frozen=True)
 class EvaluateOptions(ModelOptions):
-    """Measure how well a model predicts a text."""
+    """Measure how well a model predicts a text; with --source and --reference (see --source --help) a translator."""
 
     data: tuple[str, ...] = ()
     """text files, folders, .jsonl files, or - for standard input"""
@@ -269,7 +270,8 @@ def _train(arguments: list[str]) -> int:
     prog = "python train.py [RECIPE]"
     chosen, out = recipes.recipe(recipe), value_of("--out", arguments)
     if named is None and out is not None and RunFolder(Path(out)).exists():
-        chosen = RunFolder(Path(out)).saved_config()  # what is resumed may be of another task, with other settings
+        # What is resumed may be of another task, with other settings; whether it is to be resumed is said anew each time.
+        chosen = dataclasses.replace(RunFolder(Path(out)).saved_config(), resume="never")
     config = parse(type(chosen), arguments, prog, chosen)
 
     # Everything below needs JAX; what is above answers without it.
@@ -344,6 +346,11 @@ def _translate(arguments: list[str]) -> int:
     from jaxgpt.apps.heatmap import draw_attention
     from jaxgpt.apps.lines import open_lines
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as the lines that come in are, whatever the terminal's
+    if options.attention is not None:
+        folder = Path(options.attention).parent
+        require(folder.is_dir(), f"attention is {options.attention}; there is no folder {folder}")
     lines, ready = open_lines(options.file[0] if options.file else "-")
     translator = _load_translator(options)
     settings = options.settings(options.n_best)
@@ -357,8 +364,10 @@ def _translate(arguments: list[str]) -> int:
         if translated.cut and options.strict:
             translated, refused = dataclasses.replace(translated, text="", hypotheses=()), True
         print(_shown(translated, number, options), flush=True)
-        if number == 1 and options.attention and translated.text:
+        if number == 1 and options.attention is not None and translated.text:
             draw_attention(*translator.attention(translated.source, translated.text), options.attention)
+        elif number == 1 and options.attention is not None:
+            print(f"jaxgpt: line 1 has no translation to draw into {options.attention}", file=sys.stderr)
     return 2 if refused else 0
 
 
@@ -399,6 +408,8 @@ def _evaluate_translation(arguments: list[str]) -> int:
         print(json.dumps(dataclasses.asdict(result)))
     else:
         print(f"BLEU   {result.bleu:.2f}\nchrF   {result.chrf:.2f}\nexact  {result.exact_match:.4f}")
+        if result.cut:
+            print(f"{result.cut:,} sources have more tokens than the model can read, and were cut off")
         print(f"{result.sentences:,} sentences in {result.seconds:.1f} s, sacrebleu {result.signature}")
     return 0
 

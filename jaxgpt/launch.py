@@ -11,6 +11,7 @@ from jaxgpt.environment import keep_freed_memory, use_compilation_cache
 from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path
 from jaxgpt.tasks import lm, translation
 from jaxgpt.tasks.preparation import Prepared
+from jaxgpt.tasks.trained import COMMANDS
 from jaxgpt.training import loop
 from jaxgpt.training.parallel import choose_layout
 from jaxgpt.training.report import Reporter
@@ -103,8 +104,5 @@ def summary(outcome: loop.Outcome, run: RunFolder) -> str:
     """The last lines a person sees."""
     if outcome.interrupted:
         return f"stopped at step {outcome.step:,} and saved; go on with --resume --out {run.path}"
-    use = {
-        "language-modelling": f"for more text:\njaxgpt generate --model {run.path} --prompt TEXT",
-        "translation": f"to translate:\njaxgpt translate --model {run.path}",
-    }
-    return f"\neverything lies in {run.path}; {use[run.describe()['task']]}"
+    use = COMMANDS[type(run.saved_config())].format(run.path)
+    return f"\neverything lies in {run.path}; to use it:\n{use}"

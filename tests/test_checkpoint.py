@@ -146,6 +146,17 @@ def test_several_of_the_newest_are_kept_where_they_are_wanted(tmp_path):
     checkpoints.close()
 
 
+def test_what_an_interruption_saved_takes_no_place(tmp_path):
+    """Of steps that are saved at every second, those that are odd were interruptions."""
+    for folder, steps in (("unbroken", [2, 4, 6, 7]), ("broken", [2, 3, 4, 5, 6, 7])):
+        checkpoints = Checkpoints(tmp_path / folder, keep=3, regular=lambda step: step % 2 == 0)
+        for step in steps:
+            checkpoints.save(step, make_trees(step), metrics=None, extra={})
+            assert checkpoints.latest_step == step
+        assert checkpoints.newest(3) == [4, 6, 7] and checkpoints.newest(1) == [7]
+        checkpoints.close()
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_the_mean_of_the_newest(saved_three, count):
     shapes = shapes_of(make_trees())["parameters"]

@@ -145,6 +145,8 @@ def test_train_then_generate(capsys, tmp_path, monkeypatch):
     assert "was trained with seed 1337, not 9" in capsys.readouterr().err
     assert main(["train", "--out", "run", "--resume", "--steps", "3", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
+    assert main(["train", "--out", "run"]) == 2
+    assert "holds another run" in capsys.readouterr().err
 
     common = ["generate", "--model", "run", "--max-new-tokens", "4", "--seed", "3"]
     assert main([*common, "--prompt", "ab", "c", "--json"]) == 0

@@ -375,7 +375,7 @@ def recorded(run):
 
 
 def test_an_interrupted_run_resumed_is_the_unbroken_run(tmp_path):
-    unbroken = small_run(tmp_path, average=2, out=str(tmp_path / "unbroken"))
+    unbroken = small_run(tmp_path, average=3, out=str(tmp_path / "unbroken"))
     _, whole = launch.train(unbroken)
     broken = dataclasses.replace(unbroken, out=str(tmp_path / "broken"))
     outcome, run = launch.train(broken, report=Interruption(at=5))

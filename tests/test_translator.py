@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from jaxgpt.config import (
     transformer_size,
 )
 from jaxgpt.data.phrases import phrases
+from jaxgpt.models.transformer import attention_map
 
 SIZE = {"encoder_layers": 1, "decoder_layers": 2, "width": 16, "hidden": 32, "heads": 2, "context": 24}
 
@@ -104,6 +106,11 @@ def test_attention_is_a_share_of_the_source(translator, tmp_path):
     weights, source, target = translator.attention("half past three", "halb vier")
     assert weights.shape == (len(target), len(source)) and source[-1] == target[-1] == "end"
     np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=1e-5)
+    end, encode = translator.tokenizer.separator, translator.tokenizer.encode
+    read, said = [*encode("half past three"), end], [end, *encode("halb vier")]
+    every = attention_map(translator.config, translator.parameters, np.array(read), np.array(said))
+    np.testing.assert_allclose(weights, every[SIZE["decoder_layers"] - 2].mean(axis=0), atol=1e-6)
+    source[0] = "$$"  # which is no formula
     draw_attention(weights, source, target, tmp_path / "look.png")
     assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
 
@@ -119,16 +126,23 @@ def leaves(translator):
     return jax.tree.leaves(translator.parameters)
 
 
-def test_a_line_for_each_line(run, tmp_path, capsys):
+def test_one_string_is_not_several(translator):
+    with pytest.raises(ValueError, match="translate takes one"):
+        translator.translate_batch("four")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_for_each_line(run, translator, tmp_path, capsys, end):
     lines = random_lines(random.Random(1), 60)
-    (tmp_path / "in.txt").write_bytes("\n".join(lines).encode())
+    (tmp_path / "in.txt").write_bytes(("\ufeff" + end.join(lines)).encode())
     assert main(["translate", "--model", str(run), "--beam", "2", str(tmp_path / "in.txt")]) == 0
     out, err = capsys.readouterr()
     written = out.split("\n")
     # A file's last line may lack its newline; a last line that is empty is none.
     expected = lines if lines[-1] else lines[:-1]
     assert len(written) - 1 == len(expected) and written[-1] == ""
-    assert all((line.strip() == "") <= (text == "") for line, text in zip(expected, written[:-1], strict=True))
+    alone = translator.translate_batch(expected, dataclasses.replace(SETTINGS, beams=2))
+    assert written[:-1] == [result.text for result in alone] and any(written)
     long = [number for number, line in enumerate(expected, 1) if len(line) == 200 and line.strip()]
     assert [f"line {number} has" in err for number in long] == [True] * len(long)
 
@@ -151,6 +165,10 @@ def test_the_forms_of_the_output(run, translator, tmp_path, capsys):
     assert [record["source"] for record in records] == ["half past three", "", "four"]
     assert records[1]["text"] == "" and records[1]["hypotheses"] == []
     assert records[0]["text"] == records[0]["hypotheses"][0]["text"] and (tmp_path / "look.png").exists()
+    source.write_text("\nfour\n")
+    assert main([*common, "--attention", str(tmp_path / "nothing.png")]) == 0
+    assert "line 1 has no translation to draw" in capsys.readouterr().err and not (tmp_path / "nothing.png").exists()
+    source.write_text("half past three\n\nfour\n")
     assert main([*common, "--n-best", "3"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == ["1", "1", "1", "2", "3", "3", "3"]
@@ -158,18 +176,32 @@ def test_the_forms_of_the_output(run, translator, tmp_path, capsys):
 
 
 def test_standard_input_is_translated_as_it_comes(run, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxgpt", "translate", "--model", str(run), "--beam", "1"],
-        cwd=ROOT, env=environment(tmp_path) | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdin is not None and process.stdout is not None
+    process = started(run, tmp_path)
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
     for line in ("four", "", "half past three"):  # each is answered before the next is asked
         process.stdin.write(line + "\n")
         process.stdin.flush()
         assert process.stdout.readline().endswith("\n")
     rest, _ = process.communicate("five\nsix", timeout=120)
+    watchdog.cancel()
     assert len(rest.splitlines()) == 2 and process.returncode == 0
+
+
+def started(run, cache, *flags):
+    """`jaxgpt translate` with pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt", "translate", "--model", str(run), "--beam", "1", *flags],
+        cwd=ROOT, env=environment(cache) | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+    )  # fmt: skip
+
+
+def test_an_error_ends_it_though_more_may_come(tmp_path):
+    process = started("nowhere", tmp_path)
+    assert process.wait(120) == 2
+    assert process.stderr.read() == "jaxgpt: nowhere is not a run folder\n"
+    process.communicate()
 
 
 def test_scores_are_those_of_sacrebleu(run, translator, tmp_path, capsys):
@@ -204,11 +236,13 @@ def test_scores_are_those_of_sacrebleu(run, translator, tmp_path, capsys):
         ("translate --model {run} absent.txt", "there is no file absent.txt"),
         ("translate --model {run} {text} {text}", "one file is translated at a time"),
         ("translate --model absent {text}", "absent is not a run folder"),
-        ("translate --model {gpt} {text}", "run of another task, language-modelling; jaxgpt generate uses it"),
+        ("translate --model {gpt} {text}", "run of another task, language-modelling; what uses it is: jaxgpt generate"),
         ("translate --model {run} --beam 0 {text}", "beam is 0"),
         ("translate --model {run} --beam 2 --n-best 3 {text}", "n-best is 3, more than beam 2"),
+        ("translate --model {run} {folder}", "there is no file"),
+        ("translate --model {run} --attention {folder}/none/a.png {text}", "there is no folder"),
         ("translate --model {run} {bytes}", "line 2, is not UTF-8: byte 0xff"),
-        ("generate --model {run} --prompt a", "run of another task, translation; jaxgpt translate uses it"),
+        ("generate --model {run} --prompt a", "run of another task, translation; what uses it is: jaxgpt translate"),
         ("evaluate --model {run} --source {text}", "--source and --reference are both needed"),
         ("evaluate --model {run} --source {text} --reference {long}", "has 1 lines and .* 2"),
         ("evaluate --model {run} --data {text}", "run of another task, translation"),
@@ -219,7 +253,7 @@ def test_bad_input_is_one_line(run, tmp_path_factory, capsys, gpt_run, arguments
     files = {"text": b"four\n", "long": b"four\n" + b"one hundred " * 50 + b"\n", "bytes": b"four\nf\xff\n"}
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    named = {name: str(folder / name) for name in files} | {"run": str(run), "gpt": str(gpt_run)}
+    named = {name: str(folder / name) for name in files} | {"run": str(run), "gpt": str(gpt_run), "folder": str(folder)}
     assert main([word.format(**named) for word in arguments.split()]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("jaxgpt: ")

@@ -1,4 +1,4 @@
-"""Lines to work on: of a file, of standard input as they come, or typed at a terminal."""
+"""Lines to work on: of a file, of a pipe as they come, or typed at a terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import queue
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxgpt.data.corpus import decode_text
+from jaxgpt.data.corpus import decode_lines
 
-AHEAD = 4096  # lines of standard input read before they are asked for
+AHEAD = 4096  # lines of a pipe read before they are asked for
 
 
 def open_lines(name: str) -> tuple[Iterator[str], Callable[[], bool]]:
@@ -27,42 +27,42 @@ def open_lines(name: str) -> tuple[Iterator[str], Callable[[], bool]]:
         FileNotFoundError: there is no such file.
         ValueError: later, at a line that is not UTF-8.
     """
-    if name != "-":
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {name}")
-        return _decoded(_read(path), name), lambda: True
-    if sys.stdin.isatty():
+    if name == "-" and sys.stdin.isatty():
         return _typed(), lambda: False
-    if stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode):
-        return _decoded(sys.stdin.buffer, "standard input"), lambda: True
-    arrived: queue.Queue[bytes | None] = queue.Queue(AHEAD)
-    threading.Thread(target=_put, args=(sys.stdin.buffer, arrived), daemon=True, name="lines").start()
-    return _decoded(iter(arrived.get, None), "standard input"), lambda: not arrived.empty()
+    if name != "-" and (not Path(name).exists() or Path(name).is_dir()):
+        raise FileNotFoundError(f"there is no file {name}")
+    # A reader of our own: a process that ends while a thread waits for sys.stdin's is aborted.
+    file = os.fdopen(sys.stdin.fileno(), "rb", closefd=False) if name == "-" else Path(name).open("rb")
+    shown = "standard input" if name == "-" else name
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return decode_lines(file, shown), lambda: True
+    arrived: queue.Queue[bytes | OSError] = queue.Queue(AHEAD)
+    threading.Thread(target=_put, args=(file, arrived), daemon=True, name="lines").start()
+    return decode_lines(_taken(arrived), shown), lambda: not arrived.empty()
 
 
-def _read(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from file
+def _put(file: BinaryIO, arrived: queue.Queue[bytes | OSError]) -> None:
+    try:
+        for line in file:
+            arrived.put(line)
+        arrived.put(b"")
+    except OSError as error:
+        arrived.put(error)
 
 
-def _put(file: BinaryIO, arrived: queue.Queue[bytes | None]) -> None:
-    for line in file:
-        arrived.put(line)
-    arrived.put(None)
-
-
-def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        text = decode_text(line, f"{name}, line {number},")
-        yield (text.removeprefix("\ufeff") if number == 1 else text).removesuffix("\n").removesuffix("\r")
+def _taken(arrived: queue.Queue[bytes | OSError]) -> Iterator[bytes]:
+    while line := arrived.get():
+        if isinstance(line, OSError):
+            raise line
+        yield line
 
 
 def _typed() -> Iterator[str]:
     print("a sentence a line; Ctrl-D ends", file=sys.stderr)
+    prompt = "> " if sys.stdout.isatty() else ""  # which would go where the translations go
     while True:
         try:
-            yield input("> ")
+            yield input(prompt)
         except EOFError:
             print(file=sys.stderr)
             return

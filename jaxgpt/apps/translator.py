@@ -39,6 +39,8 @@ class TranslationScores:
     exact_match: float
     """share that are the reference, but for spacing"""
     sentences: int
+    cut: int
+    """sources that were too long for the model, of which it read the beginning"""
     seconds: float
     """of the translating, compilation included"""
     signature: str
@@ -87,7 +89,6 @@ class Translator:
         use_compilation_cache()
         run = RunFolder.at(model)
         trained = load_trained(run, TranslationConfig, checkpoint, dtype)
-        assert isinstance(trained.config, TranslationConfig)
         self.config, self.tokenizer = trained.config.model, trained.tokenizer
         self.parameters: Parameters = trained.parameters
 
@@ -114,10 +115,14 @@ class Translator:
     ) -> list[Translated]:
         """Translate sentences, each as it would be alone; the results are in their order.
 
+        Of the settings those count that are about beams, their length and their number.
+
         Raises:
-            ValueError: a sentence with a lone surrogate, which is no character.
+            ValueError: one string instead of several, or a sentence with a lone surrogate, which is no character.
             FloatingPointError: the model's logits are NaN.
         """
+        if isinstance(sentences, str):
+            raise ValueError("translate_batch takes several sentences; translate takes one")
         texts = list(sentences)
         encoded = [ids.tolist() for ids in self.tokenizer.encode_batch(texts)]
         wanted = [number for number, text in enumerate(texts) if text.strip()]
@@ -210,6 +215,7 @@ def evaluate(
         chrf.corpus_score(texts, [references]).score,
         exact_match(texts, references),
         len(pairs),
+        sum(result.cut > 0 for result in translated),
         seconds,
         str(bleu.get_signature()),
     )

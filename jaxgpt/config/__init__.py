@@ -1,7 +1,7 @@
 """What a run is made of: frozen dataclasses, checked when they are built, JSON both ways.
 
 Every field is also a command-line flag: `TrainConfig.data.batch_size` is `--data.batch-size`, and the
-sentence under a field is its `--help`. A recipe (`recipes.py`) is a complete `TrainConfig`.
+sentence under a field is its `--help`. A recipe (`recipes.py`) is a complete `RunConfig`.
 """
 
 from __future__ import annotations

@@ -194,6 +194,10 @@ class RunConfig:
         """What devices x micro-batches must divide: the setting, and its value."""
         raise NotImplementedError
 
+    def saves_at(self, step: int) -> bool:
+        """Whether every run with these intervals has a checkpoint of this step, also one that nothing interrupted."""
+        return step % self.eval_interval == 0 or bool(self.checkpoint_interval and step % self.checkpoint_interval == 0)
+
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):

@@ -135,6 +135,17 @@ def decode_text(data: bytes, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from error
 
 
+def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """Yield lines as text, without what ends them: a newline alone, or a carriage return and a newline.
+
+    Raises:
+        ValueError: one is not UTF-8; it is named.
+    """
+    for number, line in enumerate(lines, 1):
+        text = decode_text(line, f"{name}, line {number},")
+        yield (text.removeprefix("\ufeff") if number == 1 else text).removesuffix("\n").removesuffix("\r")
+
+
 def _json_lines(path: Path, field: str) -> Iterator[str]:
     for record, where in json_records(path):
         yield json_field(record, field, where)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from jaxgpt.config import PairsConfig
-from jaxgpt.data.corpus import decode_text, json_field, json_records
+from jaxgpt.data.corpus import decode_lines, json_field, json_records
 from jaxgpt.data.phrases import phrases
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
@@ -91,7 +91,7 @@ def read_pairs(paths: Sequence[str], source_field: str, target_field: str, optio
     """
     files = [Path(path) for path in paths]
     for path in files:
-        if not path.is_file():
+        if not path.exists() or path.is_dir():
             raise FileNotFoundError(f"{option}: there is no file {path}")
     if len(files) == 2:
         pairs = _aligned(*files)
@@ -117,9 +117,8 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         ValueError: it is not UTF-8.
     """
-    text = decode_text(path.read_bytes(), str(path)).removeprefix("\ufeff")
-    lines = text.split("\n")
-    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+    with path.open("rb") as file:
+        return list(decode_lines(file, str(path)))
 
 
 def _aligned(source: Path, target: Path) -> list[Pair]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,29 @@ class Checkpoints:
     a CRC-32 of every leaf, because Orbax itself does not notice a flipped bit.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
-        """Open or create `folder`, where the `keep` newest stay.
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 1,
+        regular: Callable[[int], bool] = lambda step: True,
+        read_only: bool = False,
+    ) -> None:
+        """Open or create `folder`, where the `keep` newest stay (see `newest`).
 
-        With `read_only`, what a running or killed writer left half done is not cleaned.
+        Args:
+            regular: whether a step's checkpoint is one that a run without interruptions has too.
+            read_only: do not clean up what a running or killed writer left half done.
         """
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self.folder = folder.absolute()
+        self.folder, self._regular = folder.absolute(), regular
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.folder,
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                preservation_policy=policies.AnyPreservationPolicy([_Newest(keep, regular), best]),
                 cleanup_tmp_directories=not read_only,
             )
         except ValueError as error:  # it reads the metrics of all of them
@@ -107,6 +117,14 @@ class Checkpoints:
         """Step of the newest checkpoint; None if there is none."""
         return max(self.steps, default=None)
 
+    def newest(self, count: int) -> list[int]:
+        """Steps of the `count` newest checkpoints, or of all there are, oldest first.
+
+        Those that were saved at an interruption do not count, unless nothing is newer: so an interrupted run has the
+        same ones in the end as an unbroken one.
+        """
+        return _newest(self.steps, count, self._regular)
+
     @property
     def best_step(self) -> int | None:
         """Step of the checkpoint with the lowest held-out loss; without any, the newest; None if there is none."""
@@ -148,12 +166,12 @@ class Checkpoints:
         return trees, extra
 
     def restore_average(self, count: int, shapes: Any, sharding: jax.sharding.Sharding) -> tuple[Any, int]:
-        """Read the parameters of the `count` newest checkpoints, or of all there are; return their mean and how many.
+        """Read the parameters of the `count` newest checkpoints (see `newest`); return their mean and how many.
 
         Averaging what a run ends in is worth some noise of its last steps (Vaswani et al. 2017, section 6.1). At least
         one checkpoint exists. Raises as `restore` does.
         """
-        steps = self.steps[-count:]
+        steps = self.newest(count)
         total: Any = None
         for step in steps:
             parameters = self.restore(step, {"parameters": shapes}, sharding)[0]["parameters"]
@@ -166,6 +184,23 @@ class Checkpoints:
 
     def _write_error(self, step: int, error: Exception) -> OSError:
         return OSError(f"the checkpoint of step {step} could not be written to {self.folder}: {_root_cause(error)}")
+
+
+def _newest(steps: Sequence[int], count: int, regular: Callable[[int], bool]) -> list[int]:
+    return [step for step in steps if regular(step) or step == steps[-1]][-count:]
+
+
+@dataclass(frozen=True)
+class _Newest:
+    """What `Checkpoints.newest` names is preserved."""
+
+    count: int
+    regular: Callable[[int], bool]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = _newest(steps, self.count, self.regular)
+        return [step in kept for step in steps]
 
 
 def _check_fit(wanted: Trees, metadata: Trees, names: Collection[str]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 
@@ -18,24 +18,30 @@ from jaxgpt.storage.checkpoint import Checkpoints
 from jaxgpt.storage.runs import RunFolder
 
 Which = Literal["best", "last", "average"]
+Config = TypeVar("Config", bound=RunConfig)
 INIT: dict[type[RunConfig], Callable[[Any, jax.Array], Parameters]] = {
     TrainConfig: gpt.init_parameters,
     TranslationConfig: transformer.init_parameters,
 }
+# What uses a run, which stands for {}.
+COMMANDS: dict[type[RunConfig], str] = {
+    TrainConfig: "jaxgpt generate --model {} --prompt TEXT",
+    TranslationConfig: "jaxgpt translate --model {}",
+}
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Generic[Config]):
     """What a run made."""
 
-    config: RunConfig
+    config: Config
     parameters: Parameters
     tokenizer: Tokenizer
 
 
 def load_trained(
-    run: RunFolder, kind: type[RunConfig], checkpoint: Which | None = None, dtype: Dtype | None = None
-) -> Trained:
+    run: RunFolder, kind: type[Config], checkpoint: Which | None = None, dtype: Dtype | None = None
+) -> Trained[Config]:
     """Read a run of the task that `kind` is the config of.
 
     Args:
@@ -49,8 +55,9 @@ def load_trained(
     """
     config = run.saved_config()
     if not isinstance(config, kind):
-        raise ValueError(f"{run.path} is a run of another task, {run.describe()['task']}; {_verb(config)}")
-    checkpoints = Checkpoints(run.checkpoints, read_only=True)
+        use = COMMANDS[type(config)].format(run.path)
+        raise ValueError(f"{run.path} is a run of another task, {run.describe()['task']}; what uses it is: {use}")
+    checkpoints = Checkpoints(run.checkpoints, regular=config.saves_at, read_only=True)
     if checkpoints.latest_step is None:
         raise FileNotFoundError(f"{run.path} has no checkpoint yet")
     shapes = jax.eval_shape(functools.partial(INIT[type(config)], config.model), jax.random.key(0))
@@ -68,7 +75,3 @@ def load_trained(
         )
         parameters = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
     return Trained(config, parameters, load_tokenizer(run.tokenizer))
-
-
-def _verb(config: RunConfig) -> str:
-    return "jaxgpt translate uses it" if isinstance(config, TranslationConfig) else "jaxgpt generate uses it"

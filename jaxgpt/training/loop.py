@@ -97,7 +97,7 @@ def train(task: Task, config: RunConfig, run: RunFolder, layout: Layout, report:
         OSError: the run folder cannot be written; what was committed before is untouched.
         ValueError: the checkpoint is damaged or does not fit the config.
     """
-    checkpoints = Checkpoints(run.checkpoints, keep=config.average)
+    checkpoints = Checkpoints(run.checkpoints, keep=config.average, regular=config.saves_at)
     try:
         with Stop() as stop:
             return _Loop(task, config, run, layout, report, checkpoints, stop).run()
@@ -160,7 +160,7 @@ class _Loop:
             if pending is not None:
                 self._settle(*pending)  # read the step before while this one runs: one step in flight, never more
             pending = (step, metrics)
-            if step < config.steps and self._is_due(step):
+            if step < config.steps and config.saves_at(step):
                 self._settle(*pending)
                 pending = None
                 self._evaluate_and_save(state, step)
@@ -206,10 +206,6 @@ class _Loop:
 
     def _out_of_patience(self) -> bool:
         return self.config.patience is not None and self.fruitless >= self.config.patience
-
-    def _is_due(self, step: int) -> bool:
-        every = self.config.checkpoint_interval
-        return step % self.config.eval_interval == 0 or (every is not None and step % every == 0)
 
     def _settle(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Read the metrics of a finished step, stop if they are not finite, log them."""
