@@ -270,7 +270,7 @@ def _train(arguments: list[str]) -> int:
     prog = "python train.py [RECIPE]"
     chosen, out = recipes.recipe(recipe), value_of("--out", arguments)
     if named is None and out is not None and RunFolder(Path(out)).exists():
-        # What is resumed may be of another task, with other settings; whether it is to be resumed is said anew each time.
+        # What is resumed may be of another task, with other settings; that it is to be resumed is said each time.
         chosen = dataclasses.replace(RunFolder(Path(out)).saved_config(), resume="never")
     config = parse(type(chosen), arguments, prog, chosen)
 

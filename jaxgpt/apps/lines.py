@@ -32,7 +32,8 @@ def open_lines(name: str) -> tuple[Iterator[str], Callable[[], bool]]:
     if name != "-" and (not Path(name).exists() or Path(name).is_dir()):
         raise FileNotFoundError(f"there is no file {name}")
     # A reader of our own: a process that ends while a thread waits for sys.stdin's is aborted.
-    file = os.fdopen(sys.stdin.fileno(), "rb", closefd=False) if name == "-" else Path(name).open("rb")
+    source = sys.stdin.fileno() if name == "-" else name
+    file = open(source, "rb", closefd=name != "-")  # noqa: SIM115 (it is read later)
     shown = "standard input" if name == "-" else name
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return decode_lines(file, shown), lambda: True
