@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jaxgpt import __version__, recipes
 from jaxgpt.arguments import parse, value_of
-from jaxgpt.config import GenerationConfig, require, suggestion
+from jaxgpt.config import GenerationConfig, LengthRule, require, suggestion
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.report import make_reporter
 
@@ -108,7 +108,7 @@ class SearchOptions:
 
     beam: int = 4
     """beams of the search; 1 takes the most likely token each time"""
-    length_rule: Literal["wu", "fairseq", "hf"] = "wu"
+    length_rule: LengthRule = "wu"
     """what the log-probability of n tokens, end token included, is divided by: ((5 + n) / 6)^p (wu), n^p (others)"""
     length_penalty: float = 0.6
     """p in that; 0 divides by nothing, more makes translations longer"""

@@ -118,7 +118,8 @@ class Translator:
         Of the settings those count that are about beams, their length and their number.
 
         Raises:
-            ValueError: one string instead of several, or a sentence with a lone surrogate, which is no character.
+            ValueError: one string instead of several, a sentence with a lone surrogate, which is no character, or more
+                samples than beams.
             FloatingPointError: the model's logits are NaN.
         """
         if isinstance(sentences, str):
@@ -159,7 +160,7 @@ class Translator:
             yield from self.translate_batch(chunk, settings, batch_size=batch_size)
 
     def attention(self, source: str, translation: str) -> tuple[Float[np.ndarray, "T S"], list[str], list[str]]:
-        """How much each token of a translation looked at each of its source, while it was made.
+        """How much each token of a translation looks at each of its source, in the model that made it.
 
         Returns:
             The weights, the mean over the heads of the decoder's last layer but one (the last one looks at less of
@@ -178,7 +179,8 @@ class Translator:
 
     def _spelled(self, tokens: tuple[int, ...]) -> str:
         """The text of a translation: one line, whatever the model says."""
-        return " ".join(self.tokenizer.decode(tokens).splitlines()).strip()
+        said = [token for token in tokens if token != self.tokenizer.separator]
+        return " ".join(self.tokenizer.decode(said).splitlines()).strip()
 
 
 def evaluate(

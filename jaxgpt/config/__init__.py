@@ -7,7 +7,7 @@ sentence under a field is its `--help`. A recipe (`recipes.py`) is a complete `R
 from __future__ import annotations
 
 from jaxgpt.config.conversion import flatten, from_dict, require, suggestion, to_dict
-from jaxgpt.config.generation import GenerationConfig
+from jaxgpt.config.generation import GenerationConfig, LengthRule
 from jaxgpt.config.models import (
     ActivationName,
     AttentionName,
@@ -39,6 +39,7 @@ __all__ = [
     "Dtype",
     "GPTConfig",
     "GenerationConfig",
+    "LengthRule",
     "OptimizerConfig",
     "PairsConfig",
     "ParallelConfig",

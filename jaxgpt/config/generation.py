@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxgpt.config.conversion import require
+
+LengthRule = Literal["hf", "fairseq", "wu"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class GenerationConfig:
     """beam search with this many beams instead of sampling; the best texts are returned"""
     length_penalty: float = 1.0
     """beam search: the penalty of the length rule; a greater one makes texts longer"""
-    length_rule: Literal["hf", "fairseq", "wu"] = "hf"
+    length_rule: LengthRule = "hf"
     """beam search: what the log-probability of n tokens is divided by: n^penalty (hf, fairseq), ((5+n)/6)^penalty"""
     early_stopping: Literal["true", "false", "never"] = "false"
     """beam search: stop once there are enough texts (true), when better ones are unlikely, or impossible (never)"""
@@ -62,7 +63,8 @@ class GenerationConfig:
             require(value is None or 0 < value <= 1, f"{option} is {value}; it must be in (0, 1]")
         penalty = self.repetition_penalty
         require(penalty > 0, f"repetition-penalty is {penalty}; it must be positive")
-        require(math.isfinite(self.length_penalty), f"length-penalty is {self.length_penalty}; it must be finite")
+        in_range = abs(self.length_penalty) <= 10  # what it divides by is to be a number in float32
+        require(in_range, f"length-penalty is {self.length_penalty}; it must be in [-10, 10]")
         require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2**31)")
         require("" not in self.stop, "stop is an empty string, which is everywhere")
         limit = self.max_new_tokens

@@ -68,7 +68,7 @@ class PairsConfig:
     max_target: int | None = None
     """the same for the target"""
     batch_tokens: int = 4096
-    """target places of one global batch, padding included, whatever the number of devices"""
+    """target places of one global batch, padding included, whatever the devices: row-multiple sentences at least"""
     buckets: int = 8
     """shapes of batches: sentences of about the same length go together, and each shape is compiled once"""
     row_multiple: int = 8
@@ -99,7 +99,7 @@ class OptimizerConfig:
     final_learning_rate: float = 1e-4
     """learning rate at the last step (cosine, linear, wsd)"""
     muon_learning_rate: float = 0.02
-    """peak learning rate of Muon's matrices; follows the same schedule"""
+    """learning rate of Muon's matrices where the schedule is at 1; they follow the same one"""
     schedule: Literal["cosine", "linear", "inverse-sqrt", "noam", "wsd", "constant"] = "cosine"
     """what follows the linear warm-up; noam is inverse-sqrt with learning-rate a factor of 1 / sqrt(width x warm-up)"""
     warmup_steps: int = 100

@@ -63,7 +63,7 @@ class Corpus:
         if path is None:
             yield self.standard_input
         elif path.suffix == ".jsonl":
-            yield from _json_lines(path, self.text_field)
+            yield from (json_field(record, self.text_field, where) for record, where in json_records(path))
         else:
             try:
                 yield decode_text(path.read_bytes(), str(path))
@@ -144,11 +144,6 @@ def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         text = decode_text(line, f"{name}, line {number},")
         yield (text.removeprefix("\ufeff") if number == 1 else text).removesuffix("\n").removesuffix("\r")
-
-
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    for record, where in json_records(path):
-        yield json_field(record, field, where)
 
 
 def json_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -34,7 +34,7 @@ class PairBatches:
         """Sort the pairs into buckets.
 
         Args:
-            pairs: what is trained on.
+            pairs: to train on, or held out.
             end: the token after every sentence; it also begins every target.
             bounds: the lengths of the buckets, ends included (see `choose_bounds`).
             tokens: target places in a batch, padding included.

@@ -13,10 +13,8 @@ from jaxtyping import Float64
 
 from jaxgpt.config import PairsConfig
 from jaxgpt.data.corpus import decode_lines, json_field, json_records
-from jaxgpt.data.phrases import phrases
+from jaxgpt.data.phrases import Pair, phrases
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-
-Pair = tuple[str, str]
 
 SHOWN = 40  # characters of a sentence that a message shows
 
@@ -164,8 +162,9 @@ def _columns(path: Path) -> list[Pair]:
 
 def _split(pairs: list[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
     digests = [hashlib.sha256(source.encode()).digest() for source, _ in pairs]
-    held_out = set(sorted(set(digests))[: max(1, round(share * len(set(digests))))])
-    if len(held_out) == len(set(digests)):
+    distinct = sorted(set(digests))
+    held_out = set(distinct[: min(max(1, round(share * len(distinct))), len(distinct) - 1)])
+    if not held_out:
         raise ValueError("the data has one source sentence, so none can be held out; give data.validation")
     kept = [pair for pair, digest in zip(pairs, digests, strict=True) if digest not in held_out]
     return kept, [pair for pair, digest in zip(pairs, digests, strict=True) if digest in held_out]

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -20,15 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgpt.config import GenerationConfig
+from jaxgpt.config import GenerationConfig, LengthRule
 from jaxgpt.generation.decode import NOT_FINITE, Decoder, bucket, padded
 from jaxgpt.generation.rows import log_softmax, top_k
 from jaxgpt.generation.sampling import Number, Rules, process_logits, rules
 
 OUT = -math.inf  # the score of what does not exist; what exists is above it, whatever divides it
 FEWEST = 8  # prompts: a smaller batch takes hardly less time, and would have to be compiled
-
-LengthRule = Literal["hf", "fairseq", "wu"]
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,12 @@ def beam_search(
     """The `config.samples` best texts for each prompt, best first, each prompt as it would be alone.
 
     There are fewer only if no more exist: with few tokens and a small limit, or where the rules forbid all others.
+    `config.samples` is at most `config.beams`.
 
     Args:
         prompts: token ids; each with its limit of new ones must fit the context.
-        limits: most new tokens of each prompt, the stop token included.
+        limits: most new tokens of each prompt, the stop token included; nothing is found for a prompt whose limit is 0,
+            which only makes the batch one of a size that is compiled.
         stop_tokens: what ends a text; it is the text's last token. By the length rules fairseq and wu a text that
             reaches its limit ends with the first of them, however unlikely; by hf with any token.
 
@@ -130,7 +130,8 @@ def beam_search(
     """
     rule, stops = rules(config, stop_tokens), np.array(stop_tokens, np.int32)
     logits, cache = decoder.prefill(parameters, prompts, max(limits))
-    search = _start([prompt if rule.need_history else [] for prompt in prompts], limits, config.beams, logits.dtype)
+    history = rule.need_history and decoder.prompt_in_cache  # what an encoder has read was not said before
+    search = _start([prompt if history else [] for prompt in prompts], limits, config.beams, logits.dtype)
     found: list[list[Beam]] = [[] for _ in prompts]
     numbers = np.arange(len(prompts))  # of the prompts that are in the batch
     while True:
@@ -164,7 +165,7 @@ def _start(prompts: Sequence[Sequence[int]], limits: Sequence[int], beams: int, 
     running = Texts(tokens, jnp.zeros(tokens.shape, score.dtype), length, score)
     finished = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=1), dataclasses.replace(running, score=score + OUT))
     begin = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
-    return Search(running, finished, begin, jnp.array(limits, jnp.int32), jnp.ones(len(prompts), bool))
+    return Search(running, finished, begin, jnp.array(limits, jnp.int32), jnp.array(limits) > 0)
 
 
 @functools.partial(jax.jit, static_argnames=("length_rule", "early_stopping"))

@@ -65,7 +65,7 @@ class Decoder:
 
     def __init__(self, prefill: Prefill, decode_step: Step, context: int, *, prompt_in_cache: bool = True) -> None:
         """`context` is the most tokens the model sees; the prompt is among them, or an encoder reads it."""
-        self.context, self._prompt_in_cache = context, prompt_in_cache
+        self.context, self.prompt_in_cache = context, prompt_in_cache
         self._prefill = jax.jit(prefill, static_argnums=3)
         self._step = jax.jit(decode_step, donate_argnums=2)
         self._take = jax.jit(lambda cache, rows, groups: cache.take(rows, groups))
@@ -75,25 +75,27 @@ class Decoder:
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Read token sequences of any lengths; the cache has room for `room` more each, up to the context, and `slack`.
 
-        Equal sequences are read once.
-
         Raises:
             ValueError: a sequence is empty.
         """
         if not all(windows):
             raise ValueError("the prompt is empty; generation needs at least one token to continue")
-        number: dict[tuple[int, ...], int] = {}
-        for window in windows:
-            number.setdefault(tuple(window), len(number))
-        distinct, longest = list(number), max(map(len, windows))
-        tokens = padded(distinct, bucket(longest, self.context))
-        lengths = np.array([len(window) for window in distinct], np.int32)
-        before = longest if self._prompt_in_cache else 1
+        longest = max(map(len, windows))
+        tokens = padded(windows, bucket(longest, self.context))
+        lengths = np.array([len(window) for window in windows], np.int32)
+        before = longest if self.prompt_in_cache else 1
         capacity = bucket(min(self.context, before + room), self.context) + slack
-        logits, cache = self._prefill(parameters, tokens, lengths, capacity)
-        if len(distinct) == len(windows):
+        return self._prefill(parameters, tokens, lengths, capacity)
+
+    def _prefill_once(
+        self, parameters: Any, windows: Sequence[Sequence[int]], room: int, slack: int
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """The same, and equal sequences, as those of several samples are, are read once."""
+        numbers = {window: number for number, window in enumerate(dict.fromkeys(map(tuple, windows)))}
+        logits, cache = self.prefill(parameters, list(numbers), room, slack)
+        if len(numbers) == len(windows):
             return logits, cache
-        rows = jnp.array([number[tuple(window)] for window in windows], jnp.int32)
+        rows = jnp.array([numbers[tuple(window)] for window in windows], jnp.int32)
         return logits[rows], self._take(cache, rows, rows)
 
     def take(self, cache: KVCache, rows: Int[np.ndarray, " R"], groups: Int[np.ndarray, " G"] | None = None) -> KVCache:
@@ -133,7 +135,7 @@ class Decoder:
                 for text, start in zip(texts, begin, strict=True)
             ]
             room = max(text.limit - text.made for text in texts)
-            first, cache = self.prefill(parameters, windows, room, config.lookup)
+            first, cache = self._prefill_once(parameters, windows, room, config.lookup)
             logits = first[:, None]
             guesses: list[list[int]] = [[] for _ in texts]
             while True:

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jaxgpt.config import GenerationConfig, TransformerConfig
-from jaxgpt.generation.beam import Beam, beam_search
+from jaxgpt.config import GenerationConfig, TransformerConfig, require
+from jaxgpt.generation.beam import FEWEST, Beam, beam_search
 from jaxgpt.generation.decode import Decoder
 from jaxgpt.models import transformer
 
@@ -41,17 +41,26 @@ def translate_tokens(
         batch_size: sources translated together.
 
     Raises:
+        ValueError: more translations are wanted than there are beams.
         FloatingPointError: the model's logits are NaN.
     """
-    order = sorted(range(len(sources)), key=lambda number: len(sources[number]))
-    found: dict[int, list[Beam]] = {}
+    require(config.samples <= config.beams, f"samples is {config.samples}, more than beams {config.beams}")
+    found: dict[tuple[int, ...], list[Beam]] = {}
+    order = sorted(set(map(tuple, sources)), key=lambda source: (len(source), source))
     for start in range(0, len(order), batch_size):
         together = order[start : start + batch_size]
-        prompts = [[*sources[number], end] for number in together]
+        prompts = [[*source, end] for source in together]
         limits = [_limit(len(prompt), config, decoder.context) for prompt in prompts]
+        fillers = _size(len(together), batch_size) - len(together)
+        prompts, limits = [*prompts, *prompts[:1] * fillers], [*limits, *[0] * fillers]
         beams = beam_search(decoder, parameters, prompts, limits, config, (end,))
-        found |= dict(zip(together, beams, strict=True))
-    return [found[number] for number in range(len(sources))]
+        found |= dict(zip(together, beams, strict=False))
+    return [found[tuple(source)] for source in sources]
+
+
+def _size(count: int, most: int) -> int:
+    """Sentences of a batch: one of few numbers, so that few programs are compiled."""
+    return 1 if count == 1 else min(most, max(FEWEST, 1 << (count - 1).bit_length()))
 
 
 def _limit(length: int, config: GenerationConfig, context: int) -> int:

@@ -42,12 +42,17 @@ def smoothed_divergence_sums(
 def _parts(
     hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], weights: Float[Array, "B T"]
 ) -> tuple[Float[Array, "C R D"], Int[Array, "C R"], Float[Array, "C R"]]:
-    """Cut along T, so that the rows, which devices may share, stay side by side: R = B times a few positions."""
+    """Cut along T, so that the rows, which devices may share, stay side by side: R = B times a few positions.
+
+    Those that are missing at the end have no weight.
+    """
     batch, length = targets.shape
-    positions = next(n for n in range(1, length + 1) if length % n == 0 and (n * batch >= ROWS or n == length))
+    count = -(-length // -(-ROWS // batch))
+    positions = -(-length // count)
 
     def cut(x: Array) -> Array:
-        return x.swapaxes(0, 1).reshape(length // positions, positions * batch, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, count * positions - length), *((0, 0),) * (x.ndim - 2)))
+        return x.swapaxes(0, 1).reshape(count, positions * batch, *x.shape[2:])
 
     return cut(hidden), cut(targets), cut(weights)
 
@@ -87,8 +92,8 @@ def _forward(hidden: Array, head: Array, targets: Array, weights: Array, smoothi
     zero = jnp.zeros((), dtype)
     start = (zero, zero, jnp.zeros(head.shape, dtype))
     (divergence, nll, of_head), of_hidden = jax.lax.scan(of_part, start, _parts(hidden, targets, weights))
-    length = targets.shape[1]
-    of_hidden = of_hidden.reshape(length, -1, hidden.shape[-1]).swapaxes(0, 1)
+    batch, length, width = hidden.shape
+    of_hidden = of_hidden.reshape(-1, batch, width)[:length].swapaxes(0, 1)
     divergence = divergence - smoothing_entropy(smoothing, size) * jnp.sum(weights)
     return (divergence, nll), (of_hidden, of_head.astype(head.dtype))
 

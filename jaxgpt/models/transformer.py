@@ -22,7 +22,8 @@ from jaxgpt.models.losses import unembed
 class Transformer(nn.Module):
     """Encoder and decoder over one embedding (section 3.4), which is the output head too; see `unembed` for logits.
 
-    Parameters: `token_embedding`, and the stacks of blocks `encoder` and `decoder`.
+    Parameters: `token_embedding`, the stacks of blocks `encoder` and `decoder`, and, where positions are learned,
+    `source_positions` and `target_positions`.
     """
 
     config: TransformerConfig
@@ -126,7 +127,7 @@ class Stack(nn.Module):
 
 
 def init_parameters(config: TransformerConfig, key: Key[Array, ""]) -> Parameters:
-    """Initial parameters: matrices as `init_std` says, embeddings N(0, 1 / sqrt(D)), biases 0, norms 1."""
+    """Initial parameters: matrices as `init_std` says, tokens N(0, 1/sqrt(D)), positions N(0, 1), biases 0, norms 1."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return jax.jit(Transformer(config).init)(key, tokens, tokens == 0, tokens)["params"]
 

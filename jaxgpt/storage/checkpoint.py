@@ -175,8 +175,9 @@ class Checkpoints:
         total: Any = None
         for step in steps:
             parameters = self.restore(step, {"parameters": shapes}, sharding)[0]["parameters"]
-            total = parameters if total is None else jax.tree.map(jnp.add, total, parameters)
-        return jax.tree.map(lambda leaf: (leaf / len(steps)).astype(leaf.dtype), total), len(steps)
+            wide = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), parameters)
+            total = wide if total is None else jax.tree.map(jnp.add, total, wide)
+        return jax.tree.map(lambda leaf, shape: (leaf / len(steps)).astype(shape.dtype), total, shapes), len(steps)
 
     def _way_out(self, step: int) -> str:
         others = [other for other in self.steps if other != step]

@@ -77,8 +77,10 @@ class Translation:
         self._config, self._tokenizer, self._held_out = config, tokenizer, held_out
         data, end = config.data, tokenizer.separator
         bounds = choose_bounds(pair_lengths(train), data.batch_tokens, data.row_multiple, data.buckets)
-        shape = (end, bounds, data.batch_tokens, data.row_multiple, config.seed)
-        self.pairs, self._held_out_pairs = PairBatches(train, *shape), PairBatches(held_out, *shape)
+        # As many tokens at once as a training step computes at once, so that what fits there fits here.
+        at_once = max(1, data.batch_tokens // config.parallel.gradient_accumulation)
+        self.pairs = PairBatches(train, end, bounds, data.batch_tokens, data.row_multiple, config.seed)
+        self._held_out_pairs = PairBatches(held_out, end, bounds, at_once, data.row_multiple, config.seed)
         self._decoder = translation_decoder(config.model, end)
         self.evaluation_batches = self._held_out_pairs.in_order
         self.init = functools.partial(init_parameters, config.model)
@@ -104,16 +106,17 @@ class Translation:
     def sample(self, parameters: Parameters) -> Iterator[str]:
         """Held-out sentences, what the model makes of them, and what they should be."""
         count = min(self._config.samples, len(self._held_out))
+        if not count:
+            return
         texts = self._translate(parameters, self._held_out.source[:count])
         for text, (source, target) in zip(texts, self._held_out.text, strict=False):
             yield f"source     {source}\nmodel      {text}\nreference  {target}\n\n"
 
     def _translate(self, parameters: Parameters, sources: Sequence[np.ndarray]) -> list[str]:
         local = jax.jit(decoding_parameters)(jax.tree.map(lambda x: x.addressable_data(0), parameters))
-        found = translate_tokens(
-            self._decoder, local, [source.tolist() for source in sources], GREEDY, self._tokenizer.separator
-        )
-        return [self._tokenizer.decode(beams[0].tokens) for beams in found]
+        end = self._tokenizer.separator
+        found = translate_tokens(self._decoder, local, [source.tolist() for source in sources], GREEDY, end)
+        return [self._tokenizer.decode([token for token in best[0].tokens if token != end]) for best in found]
 
 
 def prepare(config: TranslationConfig, say: Callable[[str], None]) -> Prepared:

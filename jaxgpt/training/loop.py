@@ -146,6 +146,9 @@ class _Loop:
         if step >= config.steps:
             self.report.say(f"nothing left to do: the run has its {step:,} steps; a greater --steps goes on")
             return Outcome(step, self.evaluation, interrupted=False)
+        if self._out_of_patience():
+            self.report.say("nothing left to do: the run ended for want of a lower loss; a greater --patience goes on")
+            return Outcome(step, self.evaluation, interrupted=False)
         if not step:
             self._evaluate(state, step)
         pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -167,7 +170,9 @@ class _Loop:
 
         if pending is not None:
             self._settle(*pending)
-        if self.stop.requested and step < config.steps:
+        if self._out_of_patience():
+            self.report.say(f"no lower held-out loss in {self.fruitless} evaluations: this is the end")
+        elif self.stop.requested and step < config.steps:
             if step not in self.checkpoints.steps:
                 self._save(state, step)
             self.checkpoints.wait()
@@ -201,7 +206,8 @@ class _Loop:
         if self.config.max_seconds is None:
             return float(step)
         final_evaluation = self.evaluation_seconds if self.evaluation_seconds < math.inf else 0.0
-        budget = max(self.config.max_seconds - final_evaluation, 1e-6)
+        evaluations = 2 if self.config.average > 1 else 1  # of the last state, and of the mean
+        budget = max(self.config.max_seconds - evaluations * final_evaluation, 1e-6)
         return max(float(step), self.config.steps * self.seconds / budget)
 
     def _out_of_patience(self) -> bool:
