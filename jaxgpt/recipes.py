@@ -133,12 +133,12 @@ def translate() -> TranslationConfig:
     """
     return TranslationConfig(
         model=transformer_size("tiny", context=64, dropout=0.1),
-        data=PairsConfig(vocab_size=1000, batch_tokens=4096),
+        data=PairsConfig(vocab_size=600, batch_tokens=1024, buckets=4),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, schedule="inverse-sqrt", warmup_steps=200, beta2=0.98, epsilon=1e-9, weight_decay=0.0
+            learning_rate=2e-3, final_learning_rate=0.0, beta2=0.98, epsilon=1e-9, weight_decay=0.0
         ),
-        steps=1200,
-        eval_interval=200,
+        steps=900,
+        eval_interval=150,
     )
 
 
