@@ -188,6 +188,15 @@ def test_one_beam_is_greedy(model):
             np.testing.assert_allclose(beams[0].logprobs[: len(text.new)], text.logprobs, atol=1e-9)
 
 
+def test_a_prompt_without_a_limit_only_fills_the_batch(model):
+    prompts = random_prompts(np.random.default_rng(8), 3)
+    alone = model.search(prompts, [5, 3, 6], STOPS, beams=3, samples=2)
+    filled = model.search([*prompts, prompts[0], [1]], [5, 3, 6, 0, 0], STOPS, beams=3, samples=2)
+    assert filled[3:] == [[], []]
+    for ours, theirs in zip(filled, alone, strict=False):
+        assert [beam.tokens for beam in ours] == [beam.tokens for beam in theirs]
+
+
 def test_more_beams_find_no_worse_text_than_greedy_on_the_whole(model):
     prompts = random_prompts(np.random.default_rng(3), 12)
     one, many = (model.search(prompts, [6] * 12, beams=beams, length_penalty=0.0) for beams in (1, 6))

@@ -201,6 +201,8 @@ def test_sinusoids_need_an_even_width():
         ("seed", -1),
         ("repetition_penalty", 0.0),
         ("no_repeat_ngram", 0),
+        ("length_penalty", 11.0),
+        ("length_penalty", float("nan")),
         ("stop", ("a", "")),
     ],
 )

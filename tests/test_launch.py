@@ -82,13 +82,16 @@ def test_patience_ends_a_run_that_gets_no_better(trained, patience):
     """This run's held-out loss only rises: each evaluation is one without a lower loss."""
     folder, config, _, _ = trained
     out = folder / f"patience{patience}"
-    patient = dataclasses.replace(config, steps=50, patience=patience, out=str(out), eval_interval=2)
+    patient = dataclasses.replace(config, steps=50, patience=patience, average=2, out=str(out), eval_interval=2)
     stopped = launch.train(patient)[0]
     losses = [r["eval/loss"] for r in launch.RunFolder(out).history() if "eval/loss" in r]
     lowest = losses.index(min(losses))
     assert stopped.step < 50 and len(losses) == lowest + 1 + patience
+    before = (out / "metrics.jsonl").read_text()
     again, _ = launch.train(dataclasses.replace(patient, resume="latest"))
-    assert again.step == stopped.step, "what is out of patience stays so"
+    assert again.step == stopped.step and (out / "metrics.jsonl").read_text() == before
+    more, _ = launch.train(dataclasses.replace(patient, resume="latest", patience=patience + 1))
+    assert more.step > stopped.step
 
 
 def test_the_mean_of_the_last_checkpoints_is_measured_and_loaded(trained):

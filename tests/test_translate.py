@@ -104,6 +104,26 @@ def test_a_greedy_translation_takes_the_likeliest_token_after_what_it_said(decod
         np.testing.assert_allclose(beam.logprobs, logprobs.max(axis=1), atol=1e-9)
 
 
+def test_only_what_was_said_is_not_said_again(decoder, model):
+    """What the encoder read does not count: each token is the likeliest that the translation does not have yet."""
+    config, again = dataclasses.replace(GREEDY, no_repeat_ngram=1), 0
+    sources = random_sources(7, 8)
+    for source, (beam,) in zip(sources, translations(decoder, model, sources, config), strict=True):
+        read, target = jnp.array([[*source, END]]), jnp.array([[END, *beam.tokens[:-1]]])
+        hidden = Transformer(MODEL).apply({"params": model}, read, read >= 0, target)
+        logits = np.array(unembed(hidden, output_head(model))[0])
+        for place, token in enumerate(beam.tokens):
+            logits[place, list(beam.tokens[:place])] = -np.inf
+            assert token == logits[place].argmax()
+        again += bool(set(source) & set(beam.tokens))
+    assert again > 3
+
+
+def test_more_translations_than_beams_are_refused(decoder, model):
+    with pytest.raises(ValueError, match="samples is 3, more than beams 1"):
+        translations(decoder, model, [[1]], dataclasses.replace(GREEDY, samples=3))
+
+
 def test_a_translation_ends_with_the_end_token_or_at_its_limit(decoder, model):
     sources = random_sources(6, 24, longest=6)
     ended = set()
