@@ -381,7 +381,7 @@ def test_a_batch_that_shrinks_finds_the_same(float64, beams, monkeypatch):
     random = np.random.default_rng(beams)
     toy, count = Toy(random, 7), int(random.integers(9, 17))
     prompts = [random.integers(0, 7, random.integers(1, 6)).tolist() for _ in range(count)]
-    search = (prompts, random.permutation(count) + 1, (0,))
+    search = (prompts, (random.permutation(count) + 1).tolist(), (0,))
     settings = {"beams": beams, "samples": beams, "length_rule": "wu", "early_stopping": "never"}
     found, sizes = [], []
     for fewest in (1, 4, count):

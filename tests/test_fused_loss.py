@@ -22,7 +22,7 @@ def random_case(seed, dtype="float64"):
     batch, length, width, size = (int(random.integers(1, most)) for most in (6, 13, 9, 40))
     hidden, head = (jnp.array(random.normal(0, 2, shape), dtype) for shape in ((batch, length, width), (size, width)))
     targets = jnp.array(random.integers(0, size, (batch, length)), jnp.int32)
-    weights = jnp.array(random.uniform(0, 1, (batch, length)) * random.integers(0, 2, (batch, length)), "float32")
+    weights = jnp.array(random.uniform(0, 1, (batch, length)) * random.integers(0, 2, (batch, length)), dtype)
     return hidden, head, targets, weights
 
 
@@ -56,6 +56,7 @@ def test_a_gradient_from_beyond_scales_it(x64):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_lower_precision_is_near_and_keeps_its_types(x64, dtype, tolerance):
     hidden, head, targets, weights = random_case(3)
+    weights = weights.astype("float32")
     exact = jax.grad(functools.partial(total, targets, weights), argnums=(0, 1))(hidden, head)
     rough = jax.grad(functools.partial(total, targets, weights), argnums=(0, 1))(
         hidden.astype(dtype), head.astype("float32")

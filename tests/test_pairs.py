@@ -217,7 +217,7 @@ def test_finding_the_line_is_quick():
         ("a.tsv", b"one", "line 3, has 0 tabs; it must have one, between source and target"),
         ("a.tsv", b"", "line 3, has 0 tabs; it must have one, between source and target"),
         ("a.tsv", b"one\teins\tuno", "line 3, has 2 tabs; it must have one"),
-        ("a.tsv", b"one\t\xffeins", "is not UTF-8: byte 0xff at offset 12"),
+        ("a.tsv", b"one\t\xffeins", "line 3, is not UTF-8: byte 0xff at offset 4"),
         ("a.jsonl", b'{"source": "a", ', "line 3, is not JSON"),
         ("a.jsonl", b'["a", "b"]', "line 3, is not a JSON object"),
         ("a.jsonl", b'{"source": "a", "de": "b"}', "line 3, has no field 'target'; it has 'source', 'de'"),
@@ -251,7 +251,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a\.en alone is neither \.tsv nor \.jsonl; give the aligned file"):
         open_pairs(PairsConfig(path=(text,)))
     for paths in ((text, bad), (bad, text)):
-        with pytest.raises(ValueError, match="bad is not UTF-8: byte 0xff at offset 4"):
+        with pytest.raises(ValueError, match="bad, line 1, is not UTF-8: byte 0xff at offset 4"):
             open_pairs(PairsConfig(path=paths))
     with pytest.raises(ValueError, match="two aligned text files, source and target, or one file, not 3"):
         read(text, text, text)

@@ -198,15 +198,15 @@ def test_beams_of_a_sentence_side_by_side_are_each_alone(x64):
     parameters, batch = decoding_parameters(random_parameters(DOUBLE)), random_batch(DOUBLE, 2, rows=3)
     rng = np.random.default_rng(0)
     _, cache = prefill(DOUBLE, 5, parameters, batch["source"], batch["source_length"], 10)
-    together = cache.take(np.repeat(np.arange(3), 4))  # four beams each
+    together = cache.take(jnp.repeat(jnp.arange(3), 4))  # four beams each
     first = rng.integers(0, 23, (12, 1), np.int32)
     _, together = decode_step(DOUBLE, parameters, jnp.array(first), together)
     chosen = np.concatenate([4 * group + rng.integers(0, 4, 4) for group in (2, 0)])  # one sentence has ended
-    together = together.take(chosen, np.array([2, 0]))
+    together = together.take(jnp.array(chosen), jnp.array([2, 0]))
     second = rng.integers(0, 23, (8, 1), np.int32)
     logits, _ = decode_step(DOUBLE, parameters, jnp.array(second), together)
     for row, past in enumerate(chosen):
-        alone = cache.take(np.array([past // 4]), np.array([past // 4]))
+        alone = cache.take(jnp.array([past // 4]), jnp.array([past // 4]))
         _, alone = decode_step(DOUBLE, parameters, jnp.array(first[past : past + 1]), alone)
         expected, _ = decode_step(DOUBLE, parameters, jnp.array(second[row : row + 1]), alone)
         np.testing.assert_allclose(logits[row], expected[0], atol=1e-12)

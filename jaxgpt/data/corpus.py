@@ -136,14 +136,16 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """Yield lines as text, without what ends them: a newline alone, or a carriage return and a newline.
+    """Yield lines as text, without a byte order mark, and without the (carriage return and) newline at their ends.
 
     Raises:
         ValueError: one is not UTF-8; it is named.
     """
     for number, line in enumerate(lines, 1):
         text = decode_text(line, f"{name}, line {number},")
-        yield (text.removeprefix("\ufeff") if number == 1 else text).removesuffix("\n").removesuffix("\r")
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        if text:  # a mark alone is no line
+            yield text.removesuffix("\n").removesuffix("\r")
 
 
 def json_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

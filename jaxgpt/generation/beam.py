@@ -101,7 +101,7 @@ def length_divisor(rule: LengthRule, length: int | Int[Array, "*shape"], penalty
             hf not where the text ended at its limit: `transformers` counts the same (`cur_len + 1 -
             decoder_prompt_len`, before `cur_len` counts the newest).
     """
-    return ((5 + length) / 6 if rule == "wu" else length * 1.0) ** penalty
+    return ((5.0 + length) / 6.0 if rule == "wu" else length * 1.0) ** penalty
 
 
 def beam_search(
