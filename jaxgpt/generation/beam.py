@@ -2,7 +2,7 @@
 
 The search is arrays: K running and K finished texts for each of B prompts, which one program, `advance`, makes longer
 by a token. Which texts run on and when to stop is as in `transformers` (version 5); a text's score is the sum of its
-log-probabilities over `length_divisor`. R are the rows of the model's batch: k running texts (1, then K) a prompt.
+log-probabilities over `length_divisor`. R are the rows of the model's batch: K running texts a prompt.
 """
 
 from __future__ import annotations
@@ -132,6 +132,9 @@ def beam_search(
     logits, cache = decoder.prefill(parameters, prompts, max(limits))
     history = rule.need_history and decoder.prompt_in_cache  # what an encoder has read was not said before
     search = _start([prompt if history else [] for prompt in prompts], limits, config.beams, logits.dtype)
+    rows = np.repeat(np.arange(len(prompts)), config.beams)
+    logits, cache = logits[rows], decoder.take(cache, rows) if config.beams > 1 else cache
+    search = jax.device_put(search, logits.sharding)  # as it will be after a step, or that would be compiled twice
     found: list[list[Beam]] = [[] for _ in prompts]
     numbers = np.arange(len(prompts))  # of the prompts that are in the batch
     while True:
@@ -144,7 +147,7 @@ def beam_search(
             raise FloatingPointError(NOT_FINITE)
         going, groups = np.flatnonzero(is_open), None
         size = max(FEWEST, 1 << (len(going) - 1).bit_length())  # a power of two, so that few programs are compiled
-        if len(going) == 0 or size <= len(is_open) // 2:
+        if len(going) == 0 or size <= len(is_open) // 4:
             for place in np.flatnonzero(~is_open[: len(numbers)]).tolist():
                 found[numbers[place]] = _beams(search, place, config.samples)
             if len(going) == 0:
@@ -158,12 +161,12 @@ def beam_search(
 
 
 def _start(prompts: Sequence[Sequence[int]], limits: Sequence[int], beams: int, dtype: Any) -> Search:
-    """One running text for each prompt, with no new token; the prompts are empty if no rule needs them."""
+    """One running text for each prompt, without a new token; the prompts are empty if no rule needs them."""
     width = bucket(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)))
-    score = jnp.zeros((len(prompts), 1), jnp.promote_types(dtype, jnp.float32))
-    tokens, length = jnp.array(padded(prompts, width)[:, None]), jnp.zeros(score.shape, jnp.int32)
-    running = Texts(tokens, jnp.zeros(tokens.shape, score.dtype), length, score)
-    finished = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=1), dataclasses.replace(running, score=score + OUT))
+    score = jnp.full((len(prompts), beams), OUT, jnp.promote_types(dtype, jnp.float32))
+    tokens, length = np.repeat(padded(prompts, width)[:, None], beams, axis=1), jnp.zeros(score.shape, jnp.int32)
+    finished = Texts(jnp.array(tokens), jnp.zeros(tokens.shape, score.dtype), length, score)
+    running = dataclasses.replace(finished, score=score.at[:, 0].set(0.0))
     begin = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
     return Search(running, finished, begin, jnp.array(limits, jnp.int32), jnp.array(limits) > 0)
 
