@@ -379,7 +379,7 @@ def test_the_search_is_the_one_by_the_book(float64, rule, early):
 def test_a_batch_that_shrinks_finds_the_same(float64, beams, monkeypatch):
     """What the model keeps once for each prompt moves with its prompt."""
     random = np.random.default_rng(beams)
-    toy, count = Toy(random, 7), int(random.integers(9, 17))
+    toy, count = Toy(random, 7), int(random.integers(33, 60))
     prompts = [random.integers(0, 7, random.integers(1, 6)).tolist() for _ in range(count)]
     search = (prompts, (random.permutation(count) + 1).tolist(), (0,))
     settings = {"beams": beams, "samples": beams, "length_rule": "wu", "early_stopping": "never"}

@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt.config import GenerationConfig, LengthRule
 from jaxgpt.generation.decode import NOT_FINITE, Decoder, bucket, padded
-from jaxgpt.generation.rows import log_softmax, top_k
 from jaxgpt.generation.sampling import Number, Rules, process_logits, rules
+from jaxgpt.models.rows import log_sum_exp, top_k
 
 OUT = -math.inf  # the score of what does not exist; what exists is above it, whatever divides it
 FEWEST = 8  # prompts: a smaller batch takes hardly less time, and would have to be compiled
@@ -137,27 +137,29 @@ def beam_search(
     search = jax.device_put(search, logits.sharding)  # as it will be after a step, or that would be compiled twice
     found: list[list[Beam]] = [[] for _ in prompts]
     numbers = np.arange(len(prompts))  # of the prompts that are in the batch
-    while True:
-        search, *step = advance(
+    for made in range(1, max(limits) + 1):
+        search, finite, rows, tokens = advance(
             search, logits, rule, stops, float(config.length_penalty), config.min_new_tokens,
             length_rule=config.length_rule, early_stopping=config.early_stopping,
         )  # fmt: skip
-        is_open, finite, rows, tokens = jax.device_get((search.open, *step))
-        if not finite:
+        if made < max(limits):  # begun before it is known whether it is needed, so that nothing waits for the answer
+            cache = decoder.take(cache, rows) if config.beams > 1 else cache
+            logits, cache = decoder.step(parameters, tokens, cache)
+            logits = logits[:, 0]
+        is_open, is_finite = jax.device_get((search.open, finite))
+        if not is_finite:
             raise FloatingPointError(NOT_FINITE)
-        going, groups = np.flatnonzero(is_open), None
+        going = np.flatnonzero(is_open)
         size = max(FEWEST, 1 << (len(going) - 1).bit_length())  # a power of two, so that few programs are compiled
         if len(going) == 0 or size <= len(is_open) // 4:
             for place in np.flatnonzero(~is_open[: len(numbers)]).tolist():
                 found[numbers[place]] = _beams(search, place, config.samples)
             if len(going) == 0:
-                return found
+                break
             numbers, groups = numbers[going], np.resize(going, size)
-            search, rows, tokens = _keep(search, groups, len(going)), rows[groups], tokens[groups]
-        if not np.array_equal(rows.ravel(), np.arange(len(logits))):
-            cache = decoder.take(cache, rows.ravel(), groups)
-        following, cache = decoder.step(parameters, tokens.reshape(-1, 1), cache)
-        logits = following[:, 0]
+            search, logits, rows = _keep(search, logits, groups, len(going))
+            cache = decoder.take(cache, rows, groups)
+    return found
 
 
 def _start(prompts: Sequence[Sequence[int]], limits: Sequence[int], beams: int, dtype: Any) -> Search:
@@ -182,12 +184,12 @@ def advance(
     *,
     length_rule: LengthRule,
     early_stopping: str,
-) -> tuple[Search, Bool[Array, ""], Int[Array, "B K"], Int[Array, "B K"]]:
+) -> tuple[Search, Bool[Array, ""], Int[Array, " R"], Int[Array, "R 1"]]:
     """Make all texts a token longer: of the best K those that end are finished, and the best K that do not run on.
 
     Returns:
-        The new search, whether no logits that matter are NaN, and for each running text the row it continues and its
-        new token.
+        The new search, whether no logits that matter are NaN, and for each running text, each row of the model's
+        next batch, the row that it continues and its new token.
     """
     old, beams = search.running, search.finished.score.shape[1]
     length = old.length[:, :1] + 1
@@ -213,7 +215,8 @@ def advance(
     better = worst == OUT if early_stopping == "true" else bound > worst
     is_open = search.open & better & (running.score[:, 0] > OUT)
     rows = jnp.arange(len(last), dtype=jnp.int32)[:, None] * old.score.shape[1] + going.parent
-    return Search(running, finished, search.begin, search.limit, is_open), finite, rows, going.token
+    new_search = Search(running, finished, search.begin, search.limit, is_open)
+    return new_search, finite, rows.ravel(), going.token.reshape(-1, 1)
 
 
 def _candidates(
@@ -231,30 +234,40 @@ def _candidates(
     """
     running, count = search.running, search.finished.score.shape[1] + len(stops)
     batch, texts = running.score.shape
-    logprobs = log_softmax(logits.astype(running.score.dtype))
+    logits = logits.astype(running.score.dtype)
+    total = log_sum_exp(logits)  # what turns logits into log-probabilities, subtracted where few are left, if it can be
+    if rule.repetition_penalty is not None:  # which changes the sizes of log-probabilities
+        logits, total = logits - total, jnp.where(jnp.isnan(total), total, 0.0)
     seen = running.tokens.reshape(batch * texts, -1) if rule.need_history else None
     counts = (search.begin[:, None] + running.length).ravel()
-    allowed = process_logits(logprobs, rule, seen, counts, jnp.repeat(too_early, texts))
+    allowed = process_logits(logits, rule, seen, counts, jnp.repeat(too_early, texts))
     # The best K + n of each row are enough, for K of them do not end the text. If there are fewer tokens, some are OUT.
     best, tokens = top_k(allowed, min(count, logits.shape[-1]))
     beyond = ((0, 0), (0, count - best.shape[-1]))
-    best, tokens = jnp.pad(best, beyond, constant_values=OUT), jnp.pad(tokens, beyond)
+    best, tokens = jnp.pad(best - total, beyond, constant_values=OUT), jnp.pad(tokens, beyond)
     if len(stops):
         rows, first = jnp.repeat(forced, texts)[:, None], jnp.arange(count) == 0
-        best = jnp.where(rows, jnp.where(first, logprobs[:, stops[0], None], OUT), best)
+        best = jnp.where(rows, jnp.where(first, logits[:, stops[0], None] - total, OUT), best)
         tokens = jnp.where(rows, stops[0], tokens)
     exists = (running.score > OUT)[..., None]
-    total = jnp.where(exists, running.score[..., None] + best.reshape(batch, texts, count), OUT)
-    parent = jnp.broadcast_to(jnp.arange(texts, dtype=jnp.int32)[:, None], total.shape)
-    unknown = jnp.isnan(logprobs[:, :1]).reshape(batch, texts, 1) & exists & search.open[:, None, None]
-    return Candidates(*(x.reshape(batch, -1) for x in (parent, tokens, best, total))), ~jnp.any(unknown)
+    sums = jnp.where(exists, running.score[..., None] + best.reshape(batch, texts, count), OUT)
+    parent = jnp.broadcast_to(jnp.arange(texts, dtype=jnp.int32)[:, None], sums.shape)
+    unknown = jnp.isnan(total).reshape(batch, texts, 1) & exists & search.open[:, None, None]
+    return Candidates(*(x.reshape(batch, -1) for x in (parent, tokens, best, sums))), ~jnp.any(unknown)
 
 
 @jax.jit
-def _keep(search: Search, prompts: Int[Array, " G"], count: int | Int[Array, ""]) -> Search:
-    """The search for these prompts; those from `count` on only fill up the batch."""
+def _keep(
+    search: Search, logits: Float[Array, "R V"], prompts: Int[Array, " G"], count: int | Int[Array, ""]
+) -> tuple[Search, Float[Array, "r V"], Int[Array, " r"]]:
+    """The search for these prompts, the logits of their rows, and those rows.
+
+    Prompts from `count` on only fill up the batch.
+    """
     kept = jax.tree.map(lambda x: x[prompts], search)
-    return dataclasses.replace(kept, open=kept.open & (jnp.arange(len(prompts)) < count))
+    beams = search.running.score.shape[1]
+    rows = (prompts[:, None] * beams + jnp.arange(beams)).ravel()
+    return dataclasses.replace(kept, open=kept.open & (jnp.arange(len(prompts)) < count)), logits[rows], rows
 
 
 def _beams(search: Search, number: int, count: int) -> list[Beam]:

@@ -98,7 +98,9 @@ class Decoder:
         rows = jnp.array([numbers[tuple(window)] for window in windows], jnp.int32)
         return logits[rows], self._take(cache, rows, rows)
 
-    def take(self, cache: KVCache, rows: Int[np.ndarray, " R"], groups: Int[np.ndarray, " G"] | None = None) -> KVCache:
+    def take(
+        self, cache: KVCache, rows: Int[np.ndarray | Array, " R"], groups: Int[np.ndarray, " G"] | None = None
+    ) -> KVCache:
         """The cache of these rows, in this order.
 
         Of what it holds once for several rows, those of one prompt, it keeps that of the prompts `groups`, each for R/G
@@ -107,7 +109,7 @@ class Decoder:
         return self._take(cache, rows, groups)
 
     def step(
-        self, parameters: Any, tokens: Int[np.ndarray, "B T"], cache: KVCache
+        self, parameters: Any, tokens: Int[np.ndarray | Array, "B T"], cache: KVCache
     ) -> tuple[Float[Array, "B T V"], KVCache]:
         """Continue each row by T tokens; the old cache is used up (donated)."""
         return self._step(parameters, tokens, cache)

@@ -9,11 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def log_softmax(logits: Float[Array, "R V"]) -> Float[Array, "R V"]:
-    """`jax.nn.log_softmax`, in half the time on CPU; all of a row is NaN if a logit is."""
-    greatest = _maxima(logits, math.isqrt(logits.shape[-1])).max(axis=-1, keepdims=True)
-    shifted = logits - greatest
-    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+def greatest(logits: Float[Array, "R V"]) -> Float[Array, "R 1"]:
+    """The maximum of each row, in less than half the time of `jnp.max` on CPU; NaN if a logit is."""
+    return _maxima(logits, math.isqrt(logits.shape[-1])).max(axis=-1, keepdims=True)
+
+
+def log_sum_exp(logits: Float[Array, "R V"]) -> Float[Array, "R 1"]:
+    """`jax.nn.logsumexp` of each row, in half the time on CPU; NaN if a logit is."""
+    # XLA would compute one exponential at a time in the loop that adds them up, or both with those of the maximum.
+    apart = jax.lax.optimization_barrier
+    highest = apart(greatest(logits))
+    return highest + jnp.log(apart(jnp.sum(apart(jnp.exp(logits - highest)), axis=-1, keepdims=True)))
 
 
 def top_k(values: Float[Array, "R V"], k: int) -> tuple[Float[Array, "R k"], Int[Array, "R k"]]:
