@@ -138,8 +138,8 @@ def translate() -> TranslationConfig:
         optimizer=OptimizerConfig(
             learning_rate=2e-3, final_learning_rate=0.0, beta2=0.98, epsilon=1e-9, weight_decay=0.0
         ),
-        steps=900,
-        eval_interval=150,
+        steps=1000,
+        eval_interval=200,
     )
 
 
