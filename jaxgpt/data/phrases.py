@@ -9,8 +9,8 @@ Of about 21,500 pairs:
      7 %  times of the clock  on Friday at half past three               am Freitag um halb vier
 
 Two thirds of the numbers are below 10,000 and none has more than six digits; years are 1700 to 2099; a few dates in
-words have no year, and four in eleven times no weekday. There is one way to say each: "and" before the last two digits of every
-group of three, "einhundert" and "eintausend" rather than "hundert" and "tausend".
+words have no year, and four in eleven times no weekday. There is one way to say each: "and" before the last two digits
+of every group of three, "einhundert" and "eintausend" rather than "hundert" and "tausend".
 """
 
 from __future__ import annotations
