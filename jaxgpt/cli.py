@@ -137,7 +137,7 @@ class TranslateOptions(SearchOptions, RunOptions):
     file: tuple[str, ...] = ()
     """the text file to translate, also without --file; - or none: standard input"""
     n_best: int = 1
-    """translations of each line; more than 1 prints each as line number, score and text, tab-separated"""
+    """translations of each line at most; more than 1 prints each as line number, score and text, tab-separated"""
     strict: bool = False
     """leave a line with more tokens than the model can read untranslated (an empty line, exit code 2), not cut off"""
     json: bool = False

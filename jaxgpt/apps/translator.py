@@ -65,7 +65,7 @@ class Translated:
     text: str
     """the best translation; empty where the source is"""
     hypotheses: tuple[Hypothesis, ...]
-    """the best ones found, best first"""
+    """the best ones found, each text once, best first"""
     cut: int = 0
     """tokens at the end of the source that were beyond the limit, and are not translated"""
 
@@ -133,7 +133,11 @@ class Translator:
         found = translate_tokens(self._decoder, self._decoding_parameters, sources, settings, end, batch_size)
         results = [Translated(text, "", ()) for text in texts]
         for number, beams in zip(wanted, found, strict=True):
-            hypotheses = tuple(Hypothesis(self._spelled(beam.tokens), beam.score) for beam in beams)
+            spelled: dict[str, Hypothesis] = {}
+            for beam in beams:  # different tokens may spell the same
+                text = self._spelled(beam.tokens)
+                spelled.setdefault(text, Hypothesis(text, beam.score))
+            hypotheses = tuple(spelled.values())
             cut = max(0, len(encoded[number]) - self.max_source)
             results[number] = Translated(texts[number], hypotheses[0].text, hypotheses, cut)
         return results
