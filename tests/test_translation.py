@@ -218,8 +218,8 @@ def phrase_config(folder, **changes) -> TranslationConfig:
             learning_rate=1e-2, schedule="inverse-sqrt", warmup_steps=10, beta2=0.98, weight_decay=0.0
         ),
         parallel=ParallelConfig("single"),
-        steps=150,
-        eval_interval=75,
+        steps=200,
+        eval_interval=100,
         out=str(folder / "run"),
     )
     return dataclasses.replace(config, **changes)
@@ -314,19 +314,19 @@ def test_a_small_model_learns_twenty_phrases_by_heart(trained):
     assert outcome.step == config.steps and not outcome.interrupted
     assert outcome.evaluation["eval/exact_match"] == 1.0 and outcome.evaluation["eval/bleu"] == pytest.approx(100)
     evaluations = {record["step"]: record for record in run.history() if "eval/loss" in record}
-    assert list(evaluations) == [0, 75, 150] and evaluations[0]["eval/exact_match"] == 0.0
+    assert list(evaluations) == [0, 100, 200] and evaluations[0]["eval/exact_match"] == 0.0
     assert all({"eval/bleu", "eval/exact_match", "eval/perplexity"} <= record.keys() for record in evaluations.values())
-    assert evaluations[150].items() >= outcome.evaluation.items()
+    assert evaluations[200].items() >= outcome.evaluation.items()
     assert 1 <= outcome.evaluation["eval/perplexity"] < 1.3 < evaluations[0]["eval/perplexity"]
 
 
 def test_the_mean_of_the_newest_checkpoints_is_measured(trained):
     _, _, run = trained
     (averaged,) = (record for record in run.history() if "average/loss" in record)
-    assert averaged["step"] == 150 and averaged["average/checkpoints"] == 3
+    assert averaged["step"] == 200 and averaged["average/checkpoints"] == 3
     names = {"average/loss", "average/perplexity", "average/bleu", "average/exact_match"}
     assert names <= averaged.keys() and averaged["average/exact_match"] > 0.8
-    assert {int(path.name) for path in run.checkpoints.iterdir()} >= {100, 125, 150}
+    assert {int(path.name) for path in run.checkpoints.iterdir()} >= {150, 175, 200}
 
 
 def test_the_run_shows_what_it_translates(trained):
