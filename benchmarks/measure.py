@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,24 @@ def spelled(values: dict[str, float], scale: float = 1.0, digits: int = 1) -> st
     """A spread for people: the median, then least and greatest."""
     median, least, greatest = (f"{values[name] * scale:,.{digits}f}" for name in ("median", "min", "max"))
     return f"{median} ({least} to {greatest})"
+
+
+def in_turn(
+    turns: Mapping[str, Callable[[], object]], rounds: int, unit: str, amount: int
+) -> dict[str, dict[str, Any]]:
+    """Time everyone `rounds` times: how much of `amount` a second, and what ours is to theirs, by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(rounds):
+        for name, turn in sorted(turns.items(), reverse=number % 2 == 1):  # nobody is always first
+            time.sleep(PAUSE_SECONDS)
+            seconds[name].append(seconds_of(turn))
+    results: dict[str, dict[str, Any]] = {}
+    for name, values in seconds.items():
+        results[name] = {unit: spread([amount / value for value in values])}
+        if name != "ours":
+            ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], values, strict=True)]
+            results[name]["ratio"] = spread(ratios)
+    return results
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, Any]:

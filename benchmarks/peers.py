@@ -7,14 +7,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from measure import cores
 
-from jaxgpt.config import TrainConfig
+from jaxgpt.config import FinetuneConfig, TrainConfig
+from jaxgpt.models.heads import HEAD
+from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.huggingface import config_to_hf
+from jaxgpt.storage.weights import export_tensors
 
 # (prompts (B, T), how many new tokens) -> the new tokens of each
 Generator = Callable[[np.ndarray, int], list[list[int]]]
@@ -77,6 +81,62 @@ def torch_train_step(config: TrainConfig, vocab_size: int, tokens: np.ndarray) -
         return loss.item()
 
     return step, sum(p.numel() * p.element_size() for p in parameters)
+
+
+def torch_classifier_step(
+    config: FinetuneConfig, parameters: Any, batch: Mapping[str, np.ndarray]
+) -> Callable[[], float]:
+    """`GPT2ForSequenceClassification` of `transformers` with our weights: a function that runs one training step.
+
+    Same examples, clipping and AdamW settings as ours; float32, all cores, `scaled_dot_product_attention`, the fused
+    AdamW.
+
+    Args:
+        batch: see `ExampleBatches.batch`; the vocabulary's last id is in none of its examples, and pads them.
+
+    Raises:
+        ValueError: torch or transformers is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ValueError("--vs torch needs torch and transformers: pip install torch transformers") from error
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(cores())
+    torch.manual_seed(0)
+    model_config, settings = config.model, config.optimizer
+    described: dict[str, Any] = config_to_hf(model_config, None)
+    pad = (model_config.vocab_size or 0) - 1
+    described |= {"pad_token_id": pad, "num_labels": len(config.labels), "attn_implementation": "sdpa"}
+    del described["model_type"], described["architectures"]
+    model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**described)).train()
+    named = dict(model.named_parameters())
+    gpt = {name: leaf for name, leaf in parameters.items() if name != HEAD}
+    tensors = export_tensors(model_config, by_path(gpt)) | {"score.weight": np.asarray(parameters[HEAD]["kernel"]).T}
+    with torch.no_grad():
+        for name, value in tensors.items():
+            named[name].copy_(torch.tensor(np.array(value)))
+    groups = [
+        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (settings.beta1, settings.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    real = np.arange(batch["tokens"].shape[2]) <= batch["last"]
+    inputs = torch.from_numpy(np.where(real, batch["tokens"][:, 0], pad).astype(np.int64))
+    mask, labels = torch.from_numpy(real.astype(np.int64)), torch.from_numpy(batch["label"].astype(np.int64))
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(inputs, attention_mask=mask, labels=labels, use_cache=False).loss
+        loss.backward()
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip_norm)
+        optimizer.step()
+        return loss.item()
+
+    return step
 
 
 def require_generators(names: Sequence[str]) -> None:

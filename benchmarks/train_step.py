@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import jaxgpt  # noqa: F401  (sets XLA's flags before JAX starts)
 # isort: split
 import jax
 import numpy as np
-from measure import MEMORY_PROBE, PeakMemory, environment, measured_peak_flops, seconds_of, spread
+from measure import MEMORY_PROBE, PAUSE_SECONDS, PeakMemory, environment, measured_peak_flops, seconds_of, spread
 from peers import torch_train_step
 
 from jaxgpt import recipes
@@ -87,7 +88,7 @@ def our_step(config: TrainConfig, tokens: np.ndarray) -> tuple[Callable[[], floa
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = functools.partial(
         train_step,
-        loss=functools.partial(loss, config.model),
+        loss=functools.partial(loss, config.model, config.adapt),
         optimizer=optimizer,
         seed=config.seed,
         micro_batches=config.parallel.gradient_accumulation,
@@ -97,7 +98,7 @@ def our_step(config: TrainConfig, tokens: np.ndarray) -> tuple[Callable[[], floa
         parameters = init_parameters(config.model, jax.random.key(0))
         return TrainState(jax.numpy.zeros((), jax.numpy.int32), parameters, optimizer.init(parameters))
 
-    state = jax.device_put(jax.jit(initial_state)(), layout.replicated)
+    state = layout.initial(jax.jit(initial_state))
     rows = len(tokens)
     batch = layout.place(
         {
@@ -152,6 +153,7 @@ def measure(config: TrainConfig, vocab_size: int, options: Options) -> dict[str,
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, step in runs.items():
+            time.sleep(PAUSE_SECONDS)
             seconds[name] += [seconds_of(step) for _ in range(options.steps)]
 
     per_step = config.tokens_per_step

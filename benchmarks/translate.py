@@ -10,7 +10,6 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -20,7 +19,7 @@ import jaxgpt  # noqa: F401  (sets XLA's flags before JAX starts)
 # isort: split
 import jax
 import numpy as np
-from measure import PAUSE_SECONDS, agreement, environment, seconds_of, spelled, spread
+from measure import agreement, environment, in_turn, spelled
 from translation_peers import Translator, marian_translator, require_torch, torch_translation_step
 
 from jaxgpt.arguments import parse
@@ -134,7 +133,7 @@ def our_step(
     )
     # A copy, because the step uses up what it is given.
     state = jax.jit(lambda p: TrainState(jax.numpy.zeros((), jax.numpy.int32), p, optimizer.init(p)))(parameters)
-    state = jax.device_put(state, layout.replicated)
+    state = jax.device_put(state, layout.shardings(state))
     placed, program = layout.place(batch), layout.compile(step, scalars=1, donate=True)
 
     def run() -> float:
@@ -226,24 +225,6 @@ def measure_decoding(options: Options) -> list[dict[str, Any]]:
         distinct = statistics.mean(len(set(text)) for text in made["ours"])
         measured.append({"beams": beams, "distinct_tokens_per_text": distinct, "results": results})
     return measured
-
-
-def in_turn(
-    turns: Mapping[str, Callable[[], object]], rounds: int, unit: str, amount: int
-) -> dict[str, dict[str, Any]]:
-    """Time everyone `rounds` times: how much of `amount` a second, and what ours is to theirs, by round."""
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(rounds):
-        for name, turn in sorted(turns.items(), reverse=number % 2 == 1):  # nobody is always first
-            time.sleep(PAUSE_SECONDS)
-            seconds[name].append(seconds_of(turn))
-    results: dict[str, dict[str, Any]] = {}
-    for name, values in seconds.items():
-        results[name] = {unit: spread([amount / value for value in values])}
-        if name != "ours":
-            ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], values, strict=True)]
-            results[name]["ratio"] = spread(ratios)
-    return results
 
 
 def table(options: Options, result: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from measure import cores
 
 from jaxgpt.config import OptimizerConfig, TransformerConfig
-from jaxgpt.models.layers import sinusoidal_positions
+from jaxgpt.models.positions import sinusoidal_positions
 
 # (sources, beams, how many new tokens) -> the best translation of each
 Translator = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]

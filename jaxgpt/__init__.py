@@ -11,7 +11,12 @@ from typing import Any
 from jaxgpt.environment import prepare_backend
 
 _HOMES = {
+    "AdaptConfig": "config",
+    "ChatConfig": "config",
+    "ConversationsConfig": "config",
     "DataConfig": "config",
+    "ExamplesConfig": "config",
+    "FinetuneConfig": "config",
     "GPTConfig": "config",
     "GenerationConfig": "config",
     "OptimizerConfig": "config",
@@ -26,7 +31,10 @@ _HOMES = {
     "transformer_size": "config",
     "Generated": "api",
     "LanguageModel": "api",
+    "Chatbot": "apps.chatbot",
+    "Classifier": "apps.sentiment",
     "Translator": "apps.translator",
+    "export_adapter": "api",
     "export": "api",
     "load": "api",
     "train": "launch",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -11,31 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.traverse_util
 import jax
-import jax.numpy as jnp
 
-from jaxgpt.config import Dtype, GenerationConfig, GPTConfig, TrainConfig, from_dict, to_dict
-from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from jaxgpt.config import Dtype, GenerationConfig, GPTConfig, from_dict, to_dict
+from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from jaxgpt.environment import use_compilation_cache
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import Decoder, Text, gpt_decoder
 from jaxgpt.generation.text import Writer, write
 from jaxgpt.models.blocks import Parameters, decoding_parameters
-from jaxgpt.models.gpt import init_parameters
+from jaxgpt.storage.adapters import write_adapter
 from jaxgpt.storage.checkpoint import by_path
-from jaxgpt.storage.hub import find_model
-from jaxgpt.storage.huggingface import config_from_hf, config_to_hf
+from jaxgpt.storage.huggingface import config_to_hf
 from jaxgpt.storage.runs import RunFolder, write_atomically
-from jaxgpt.storage.weights import (
-    export_tensors,
-    fitting_config,
-    open_weights,
-    read_json,
-    read_parameters,
-    write_weights,
-)
-from jaxgpt.tasks.trained import Which, load_trained
+from jaxgpt.storage.weights import export_tensors, write_weights
+from jaxgpt.tasks.trained import Which, load_adapter, load_pretrained
 
 DEFAULT_NEW_TOKENS = 256
 Prompt = str | Sequence[int]
@@ -206,6 +195,7 @@ def load(
     checkpoint: Which | None = None,
     revision: str | None = None,
     dtype: Dtype | None = None,
+    base: str | None = None,
 ) -> LanguageModel:
     """Load a model: a run folder, a Hugging Face folder, or a name on the Hugging Face hub.
 
@@ -217,55 +207,15 @@ def load(
         revision: of a name on the hub: a commit, tag or branch (default: main).
         dtype: what the parameters become, and what is computed in (default: a run's own; float32 for other models,
             whatever their files hold).
+        base: of a run that trained adapters or a part of the layers alone, where the model it began with lies now.
 
     Raises:
         FileNotFoundError: no such folder or name, a file of it is missing, or the hub cannot be reached.
         ValueError: a damaged file, an architecture that is not here, or a setting it cannot express, named.
     """
     use_compilation_cache()
-    folder = find_model(os.fspath(path), revision)
-    if not RunFolder(folder).exists():
-        raise FileNotFoundError(f"{folder} is neither a run nor a model: it has no config.json")
-    described = read_json(folder / "config.json")
-    if "model_type" not in described and "format" not in described:
-        raise ValueError(f"{folder / 'config.json'} names no model_type, as a model's would, and is not a run's either")
-    if "model_type" in described:
-        return _load_published(folder, described, dtype or "float32")
-    trained = load_trained(RunFolder(folder), TrainConfig, checkpoint, dtype)
-    separator = trained.tokenizer.separator
-    return LanguageModel(trained.config.model, trained.parameters, trained.tokenizer, (separator,))
-
-
-def _load_published(folder: Path, values: dict[str, Any], dtype: Dtype) -> LanguageModel:
-    config = config_from_hf(values, where=str(folder / "config.json"))
-    config = dataclasses.replace(config, parameter_dtype=dtype, compute_dtype=dtype)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > (config.vocab_size or 0):
-        raise ValueError(
-            f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, and the embedding only "
-            f"{config.vocab_size} rows"
-        )
-    tensors = open_weights(folder)
-    config = fitting_config(tensors, config)
-    shapes = {name: leaf.shape for name, leaf in by_path(_shapes(config)).items()}
-    place = functools.partial(jax.device_put, device=jax.local_devices()[0])
-    leaves = read_parameters(tensors, config, shapes, jnp.dtype(dtype), place)
-    parameters = flax.traverse_util.unflatten_dict(leaves, sep="/")
-    return LanguageModel(config, parameters, tokenizer, _published_stop_tokens(folder, values, tokenizer))
-
-
-def _published_stop_tokens(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end-of-text tokens that the folder names for generation; else the tokenizer's."""
-    generation = folder / "generation_config.json"
-    named = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    named = values.get("eos_token_id") if named is None else named
-    if named is None:
-        named = [] if tokenizer.end_of_text is None else tokenizer.end_of_text
-    stops = named if isinstance(named, list) else [named]
-    size = values.get("vocab_size", tokenizer.vocab_size)
-    if not all(isinstance(token, int) and 0 <= token < size for token in stops):
-        raise ValueError(f"eos_token_id in {folder} is {named!r}; it must be an id of the {size} tokens, or several")
-    return tuple(stops)
+    found = load_pretrained(path, checkpoint, revision, dtype, base)
+    return LanguageModel(found.config, found.parameters, found.tokenizer, found.stop_tokens)
 
 
 def export(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
@@ -280,8 +230,7 @@ def export(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
     config, path = model.config, Path(folder)
     end = model.tokenizer.end_of_text
     described = config_to_hf(config, end)  # refuses before anything is written
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not empty; give another --out")
+    _check_free(path)
     path.mkdir(parents=True, exist_ok=True)
     write_weights(path, export_tensors(config, by_path(model.parameters)))
     model.tokenizer.save(path / "tokenizer.json")
@@ -295,8 +244,25 @@ def export(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
         write_atomically(path / name, json.dumps(values, indent=2) + "\n")
 
 
-def _shapes(config: GPTConfig) -> Any:
-    return jax.eval_shape(functools.partial(init_parameters, config), jax.random.key(0))
+def export_adapter(
+    run: str | os.PathLike[str], folder: str | os.PathLike[str], *, checkpoint: Which | None = None
+) -> None:
+    """Write the adapter alone that a run with `adapt.method` lora trained, as PEFT's `from_pretrained` reads it.
+
+    `load` takes that folder too, if the model it belongs to is where it was.
+
+    Raises:
+        FileExistsError: the folder exists and is not empty.
+        FileNotFoundError, ValueError: no such run, or one that trained no adapter.
+    """
+    adapt, adapter, base, digest = load_adapter(RunFolder.at(run), checkpoint)
+    _check_free(Path(folder))
+    write_adapter(Path(folder), adapt, by_path(adapter), base, digest)
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not empty; give another --out")
 
 
 def _tokenizer_config(model: LanguageModel) -> dict[str, Any]:

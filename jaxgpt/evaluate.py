@@ -20,8 +20,8 @@ from jaxgpt.config import DataConfig, GPTConfig
 from jaxgpt.data.corpus import open_corpus
 from jaxgpt.generation.decode import bucket, padded
 from jaxgpt.models.blocks import Parameters
-from jaxgpt.models.gpt import GPT, output_head
-from jaxgpt.models.losses import negative_log_likelihood, unembed
+from jaxgpt.models.gpt import GPT, next_token_logits
+from jaxgpt.models.losses import negative_log_likelihood
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def token_losses(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "
     hidden, _ = GPT(config).apply({"params": parameters}, tokens[:, :-1])
 
     def losses(row: tuple[Float[Array, "T D"], Int[Array, " T"]]) -> Float[Array, " T"]:
-        return negative_log_likelihood(unembed(row[0], output_head(parameters)), row[1])
+        return negative_log_likelihood(next_token_logits(config, parameters, row[0]), row[1])
 
     return jax.lax.map(losses, (hidden, tokens[:, 1:]))  # a row at a time: the logits of all would be gigabytes
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import TASKS, RunConfig, TrainConfig, TranslationConfig, flatten, to_dict
+from jaxgpt.config import TASKS, ChatConfig, FinetuneConfig, RunConfig, TrainConfig, TranslationConfig, flatten, to_dict
 from jaxgpt.environment import keep_freed_memory, use_compilation_cache
 from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path
-from jaxgpt.tasks import lm, translation
+from jaxgpt.tasks import chat, finetuning, lm, translation
 from jaxgpt.tasks.preparation import Prepared
 from jaxgpt.tasks.trained import COMMANDS
 from jaxgpt.training import loop
@@ -18,17 +18,19 @@ from jaxgpt.training.report import Reporter
 
 RUNS = Path("runs")
 # What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
-BUDGETS = ("steps", "max-seconds", "out", "resume", "average", "patience")
+BUDGETS = ("steps", "epochs", "evaluations", "max-seconds", "out", "resume", "average", "patience")
 LOGGING = ("quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-interval")
 SHOWN = ("sample-tokens", "sample-prompt", "samples", "validation-sentences")
 PLACES = (
-    "data.path", "data.validation", "data.cache", "parallel.strategy", "parallel.devices",
+    "data.path", "data.validation", "data.cache", "init-from", "parallel.strategy", "parallel.devices", "parallel.mesh",
     "parallel.gradient-accumulation",
 )  # fmt: skip
 FREE_ON_RESUME = frozenset((*BUDGETS, *LOGGING, *SHOWN, *PLACES))
 PREPARE: Mapping[type[RunConfig], Callable[[Any, Callable[[str], None]], Prepared]] = {
     TrainConfig: lm.prepare,
     TranslationConfig: translation.prepare,
+    FinetuneConfig: finetuning.prepare,
+    ChatConfig: chat.prepare,
 }
 
 
@@ -73,15 +75,19 @@ def train(
     else:
         run.create()
     task = next(name for name, kind in TASKS.items() if kind is type(config))
-    run.describe_as({"task": task, "recipe": recipe, "data": prepared.data_fingerprint, "config": to_dict(config)})
+    base = {} if prepared.base is None else {"base": prepared.base}
+    described = {"task": task, "recipe": recipe, "data": prepared.data_fingerprint}
+    run.describe_as(described | base | {"config": to_dict(config)})
     prepared.tokenizer.save(run.tokenizer)
     for line in (*layout.notes, *prepared.announcement(layout)):
         report.say(line)
-    report.begin(config.steps)
+    report.begin(config.steps, prepared.task.unit)
     try:
         outcome = loop.train(prepared.task, config, run, layout, report)
     finally:
         report.finish()
+    if not outcome.interrupted:
+        prepared.conclude(run, report.say)
     return outcome, run
 
 

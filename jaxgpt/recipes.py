@@ -10,7 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from jaxgpt.config import (
+    ChatConfig,
+    ConversationsConfig,
     DataConfig,
+    ExamplesConfig,
+    FinetuneConfig,
     GPTConfig,
     OptimizerConfig,
     PairsConfig,
@@ -65,6 +69,38 @@ def shakespeare_char_cpu() -> TrainConfig:
             clip_norm=1.0,
         ),
         steps=2000,
+        eval_interval=250,
+    )
+
+
+def shakespeare_fast() -> TrainConfig:
+    """Shakespeare character by character on a CPU, as soon as possible: the same size, newer parts, and Muon.
+
+    python train.py shakespeare-fast --data.path tinyshakespeare.txt
+    """
+    small = shakespeare_char_cpu()
+    return replace(
+        small,
+        model=replace(
+            small.model,
+            positions="rotary",
+            normalizer="rms",
+            qk_norm=True,
+            activation="relu-squared",
+            zero_init=True,
+            tied_head=False,
+        ),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=8e-3,
+            muon_learning_rate=0.03,
+            final_learning_rate=0.0,
+            warmup_steps=10,
+            beta2=0.95,
+            weight_decay=0.0,
+            clip_norm=None,
+        ),
+        steps=250,
         eval_interval=250,
     )
 
@@ -143,6 +179,79 @@ def translate() -> TranslationConfig:
     )
 
 
+def finetune() -> FinetuneConfig:
+    """Fine-tune a pretrained GPT with a task head, at the first GPT's settings (Radford et al. 2018, section 4.1).
+
+    python train.py finetune --task classification --init-from BASE --data.path train.tsv --data.validation dev.tsv
+    Without --init-from it is finetune-from-scratch. SST-2, from a GPT of 2.9M parameters: 82.8 % on dev (3 seeds).
+    """
+    return FinetuneConfig(
+        model=GPTConfig(dropout=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=6.25e-5,
+            final_learning_rate=0.0,
+            schedule="linear",
+            warmup_share=0.002,
+            beta2=0.999,
+            weight_decay=0.01,
+        ),
+    )
+
+
+def finetune_from_scratch() -> FinetuneConfig:
+    """The same where there is no pretrained model: a small GPT, higher learning rate and dropout, more epochs.
+
+    python train.py finetune-from-scratch --task classification --data.path train.tsv --data.validation dev.tsv
+    SST-2: 77.8 % on dev (mean of 3 seeds), 2 minutes on 2 cores.
+    """
+    tuned = finetune()
+    return replace(
+        tuned,
+        model=GPTConfig(context=256, layers=2, heads=4, width=128, dropout=0.3),
+        optimizer=replace(tuned.optimizer, learning_rate=1e-3, warmup_share=0.1, weight_decay=0.1),
+        epochs=4.0,
+        lm_weight=0.5,
+        head_dropout=0.3,
+        select="accuracy",
+    )
+
+
+def sentiment() -> FinetuneConfig:
+    """Whether a review is positive or negative; without --data.path of reviews that are made by rule.
+
+    python train.py sentiment
+    All of 500 held-out reviews rightly labelled after 504 steps, 80 seconds on 2 cores.
+    """
+    return replace(
+        finetune_from_scratch(),
+        model=GPTConfig(context=64, layers=2, heads=4, width=128, dropout=0.1),
+        data=ExamplesConfig(vocab_size=600, buckets=2),
+    )
+
+
+def chat() -> ChatConfig:
+    """A chatbot; without --data.path from small talk that is made by rule, without --init-from from scratch.
+
+    python train.py chat
+    192 of 200 held-out answers to the letter after 528 steps, 3 minutes on 2 cores.
+    """
+    return ChatConfig(
+        model=GPTConfig(context=256, layers=3, heads=4, width=128, dropout=0.0),
+        data=ConversationsConfig(vocab_size=600),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=3e-3,
+            muon_learning_rate=0.02,
+            final_learning_rate=0.0,
+            schedule="linear",
+            warmup_share=0.05,
+            weight_decay=0.01,
+        ),
+        epochs=8.0,
+        evaluations=0.5,
+    )
+
+
 def multi30k_tiny() -> TranslationConfig:
     """Image captions, English to German, with the small model of Wu et al. 2021 (Transformer-Tiny).
 
@@ -178,6 +287,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     for function in (
         default,
         shakespeare_char_cpu,
+        shakespeare_fast,
         shakespeare_char,
         gpt2,
         gpt2_medium,
@@ -185,6 +295,10 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         gpt2_xl,
         translate,
         multi30k_tiny,
+        chat,
+        finetune,
+        finetune_from_scratch,
+        sentiment,
     )
 }
 

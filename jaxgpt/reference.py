@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import GPTConfig, OptimizerConfig
 from jaxgpt.models.blocks import Parameters
-from jaxgpt.models.gpt import GPT, output_head
-from jaxgpt.models.losses import cross_entropy, unembed
+from jaxgpt.models.gpt import GPT, next_token_logits
+from jaxgpt.models.losses import cross_entropy
 from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.weights import export_tensors
 from jaxgpt.training.optimizer import make_optimizer
@@ -71,7 +71,7 @@ def load_torch(folder: Path, dtype: str = "float32") -> Any:
 def logits(config: GPTConfig, parameters: Parameters, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Logits of what follows each token, the whole sequence at once, without a cache."""
     hidden, _ = GPT(config).apply({"params": parameters}, tokens)
-    return unembed(hidden, output_head(parameters))
+    return next_token_logits(config, parameters, hidden)
 
 
 @functools.partial(jax.jit, static_argnums=0)

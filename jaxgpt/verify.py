@@ -22,7 +22,7 @@ from jaxgpt import api
 from jaxgpt import reference as torch_reference
 from jaxgpt.api import LanguageModel
 from jaxgpt.config import GPTConfig
-from jaxgpt.models.attention import KVCache
+from jaxgpt.models.cache import KVCache
 from jaxgpt.models.gpt import decode_step, output_head, prefill
 from jaxgpt.reference import logits
 

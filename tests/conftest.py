@@ -48,7 +48,25 @@ def compilation_cache(tmp_path_factory):
     """Somewhere harmless for compiled programs, and the setting as it was afterwards."""
     import jax
 
-    before = jax.config.values["jax_compilation_cache_dir"]
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [jax.config.values[name] for name in names]
+    # Small programs too: most of what tests compile is small, and compiled again by the next that uses a new object.
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True):
+        jax.config.update(name, value)
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped():
+    """A compiled program holds dozens of memory maps, and a process may have 65,530: a whole suite's do not fit."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest begins first, lest one worker be at it when the others are done."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")

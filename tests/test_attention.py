@@ -1,21 +1,11 @@
-"""Attention: the forms agree, causality is exact, dropout belongs to the row, the cache remembers."""
-
-import dataclasses
+"""Attention: every implementation is the formula, causality is exact, dropout belongs to the row."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.models.attention import (
-    attend_to_cache,
-    blocked_masked_self_attention,
-    causal_mask,
-    dropout,
-    empty_cache,
-    masked_self_attention,
-    self_attention,
-)
+from jaxgpt.models.attention import attention, best_implementation, causal_mask, dropout
 
 
 def random_heads(seed, batch, length, heads, head_width, dtype=jnp.float32):
@@ -23,9 +13,10 @@ def random_heads(seed, batch, length, heads, head_width, dtype=jnp.float32):
     return tuple(jnp.array(random.normal(size=(batch, length, heads, head_width)), dtype) for _ in range(3))
 
 
-def test_self_attention_is_the_formula():
+@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+def test_attention_is_the_formula(implementation):
     query, key, value = random_heads(0, 2, 7, 3, 5)
-    result = self_attention(query, key, value)
+    result = attention(query, key, value, implementation=implementation)
     for b in range(2):
         for n in range(3):
             scores = np.array(query[b, :, n]) @ np.array(key[b, :, n]).T / np.sqrt(5)
@@ -33,26 +24,131 @@ def test_self_attention_is_the_formula():
             np.testing.assert_allclose(result[b, :, n], weights @ np.array(value[b, :, n]), atol=1e-5)
 
 
-@pytest.mark.parametrize(("length", "block"), [(1, 4), (5, 4), (16, 4), (33, 8), (300, 128)])
-def test_blocked_equals_reference_in_values_and_gradients(x64, length, block):
-    inputs = random_heads(length, 2, length, 2, 4, jnp.float64)
-    target = random_heads(9, 2, length, 2, 4, jnp.float64)[0]
+def value_and_gradients(inputs, **options):
+    """Of what every query gives, weighted anyhow; a query that sees nothing counts for nothing."""
+    weights = jnp.array(np.random.default_rng(9).normal(size=inputs[0].shape), inputs[0].dtype)
 
-    def value_and_gradients(attend):
-        return jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(attend(*qkv) * target)))(inputs)
+    def total(qkv):
+        return jnp.sum(attention(*qkv, **options) * weights)
 
-    blocked = value_and_gradients(lambda *qkv: blocked_masked_self_attention(*qkv, block=block))
-    reference = value_and_gradients(lambda *qkv: masked_self_attention(*qkv, implementation="reference"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), blocked, reference)
+    return jax.jit(jax.value_and_grad(total))(inputs)
+
+
+def assert_equal(ours, theirs, atol=1e-10):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+def packed(seed, batch, length):
+    """Numbers of documents that share rows: (B, T), growing along T."""
+    begins = np.random.default_rng(seed).random((batch, length)) < 0.2
+    return jnp.array(np.cumsum(begins, axis=1), jnp.int32)
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 128, 129, 300])
+@pytest.mark.parametrize(("documents", "window"), [(False, None), (True, None), (False, 3), (True, 130), (False, 129)])
+def test_blocked_is_causal_attention(x64, length, documents, window):
+    inputs = random_heads(length, 2, length, 3, 5, jnp.float64)
+    numbers = packed(length, 2, length) if documents else None
+    options = {"causal": True, "window": window, "segments": (numbers, numbers) if documents else None}
+    assert_equal(
+        value_and_gradients(inputs, implementation="blocked", **options),
+        value_and_gradients(inputs, implementation="reference", **options),
+    )
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 9), (7, 16), (150, 33), (12, 140)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocked_is_attention_to_a_source(x64, queries, keys, padded):
+    """As in an encoder, and of a decoder to its source, some of whose positions may be padding."""
+    query = random_heads(1, 3, queries, 2, 4, jnp.float64)[0]
+    _, key, value = random_heads(2, 3, keys, 2, 4, jnp.float64)
+    real = (jnp.arange(keys) < jnp.array([keys, max(1, keys // 2), 1])[:, None]).astype(jnp.int32)
+    options = {"segments": (jnp.ones((3, queries), jnp.int32), real) if padded else None}
+    assert_equal(
+        value_and_gradients((query, key, value), implementation="blocked", **options),
+        value_and_gradients((query, key, value), implementation="reference", **options),
+    )
+
+
+@pytest.mark.parametrize("length", [20, 200])
+def test_the_gradient_with_dropout_is_the_derivative(x64, length):
+    """The same weights fall in the backward pass as in the forward pass, of every block."""
+    inputs = random_heads(1, 2, length, 2, 4, jnp.float64)
+    direction = random_heads(2, 2, length, 2, 4, jnp.float64)
+    keys = jax.random.split(jax.random.key(3), 2)
+    options = {"causal": True, "implementation": "blocked", "dropout_rate": 0.4, "dropout_keys": keys}
+    _, gradients = value_and_gradients(inputs, **options)
+    step = 1e-6
+
+    def moved(sign):
+        return value_and_gradients(
+            tuple(x + sign * step * d for x, d in zip(inputs, direction, strict=True)), **options
+        )[0]
+
+    slope = sum(jnp.vdot(g, d) for g, d in zip(gradients, direction, strict=True))
+    np.testing.assert_allclose((moved(1) - moved(-1)) / (2 * step), slope, rtol=1e-6)
+    without = attention(*inputs, causal=True, implementation="blocked")
+    dropped = attention(*inputs, **options)
+    assert not np.allclose(dropped, without)
+    alone = attention(*(x[1:] for x in inputs), **options | {"dropout_keys": keys[1:]})
+    np.testing.assert_allclose(alone, dropped[1:], atol=1e-12)
+
+
+@pytest.mark.parametrize(("documents", "window"), [(False, None), (True, None), (False, 9)])
+def test_splash_is_causal_attention(documents, window):
+    """Interpreted here; on a TPU the same kernel is compiled."""
+    inputs = random_heads(5, 2, 128, 2, 64)
+    numbers = packed(4, 2, 128) if documents else None
+    options = {"causal": True, "window": window, "scale": 0.2, "segments": (numbers, numbers) if documents else None}
+    assert_equal(
+        value_and_gradients(inputs, implementation="splash", **options),
+        value_and_gradients(inputs, implementation="reference", **options),
+        atol=2e-3,
+    )
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+@pytest.mark.parametrize("causal", [False, True])
+def test_cudnn_is_attention(causal):
+    inputs = tuple(x.astype(jnp.bfloat16) for x in random_heads(5, 2, 128, 2, 64))
+    numbers = packed(4, 2, 128)
+    for segments in (None, (numbers, numbers)):
+        options = {"causal": causal, "segments": segments}
+        ours, theirs = (value_and_gradients(inputs, implementation=name, **options) for name in ("cudnn", "reference"))
+        for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
+            assert jnp.linalg.norm(a - b) < 0.03 * jnp.linalg.norm(b)
+
+
+def test_kernels_without_dropout_say_so():
+    inputs, keys = random_heads(5, 2, 8, 2, 4), jax.random.split(jax.random.key(0), 2)
+    with pytest.raises(ValueError, match="attention splash has no dropout of its weights; blocked has"):
+        attention(*inputs, causal=True, implementation="splash", dropout_rate=0.1, dropout_keys=keys)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "length", "width", "causal", "best"),
+    [
+        ("cpu", "float32", 1024, 64, True, "blocked"),
+        ("gpu", "bfloat16", 1024, 64, True, "cudnn"),
+        ("gpu", "bfloat16", 30, 64, False, "cudnn"),
+        ("gpu", "float32", 1024, 64, True, "blocked"),
+        ("gpu", "bfloat16", 1024, 20, True, "blocked"),
+        ("tpu", "bfloat16", 1024, 64, True, "splash"),
+        ("tpu", "bfloat16", 1000, 64, True, "blocked"),
+        ("tpu", "bfloat16", 1024, 64, False, "blocked"),
+    ],
+)
+def test_each_backend_gets_what_its_kernels_take(backend, dtype, length, width, causal, best):
+    assert best_implementation(backend, jnp.dtype(dtype), (length, length), width, causal) == best
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blocked"])
 def test_a_later_token_changes_nothing_earlier(implementation):
-    query, key, value = random_heads(3, 1, 150, 2, 8)
-    before = masked_self_attention(query, key, value, implementation=implementation)
-    changed = masked_self_attention(
-        query.at[:, 140].add(9.0), key.at[:, 140].add(9.0), value.at[:, 140].add(9.0), implementation=implementation
-    )
+    inputs = random_heads(3, 1, 150, 2, 8)
+    options = {"causal": True, "implementation": implementation}
+    before = attention(*inputs, **options)
+    changed = attention(*(x.at[:, 140].add(9.0) for x in inputs), **options)
     np.testing.assert_array_equal(before[:, :140], changed[:, :140])
     assert not np.array_equal(before[:, 140:], changed[:, 140:])
 
@@ -60,19 +156,31 @@ def test_a_later_token_changes_nothing_earlier(implementation):
 @pytest.mark.parametrize("implementation", ["reference", "blocked"])
 def test_a_scale_takes_the_place_of_the_root(implementation):
     query, key, value = random_heads(5, 2, 20, 2, 16)
-    result = masked_self_attention(query, key, value, implementation=implementation, scale=0.6)
-    np.testing.assert_allclose(result, masked_self_attention(query * 0.6 * 4, key, value), atol=1e-5)
-    assert jnp.abs(result - masked_self_attention(query, key, value)).max() > 0.01
+    result = attention(query, key, value, implementation=implementation, scale=0.6)
+    np.testing.assert_allclose(result, attention(query * 0.6 * 4, key, value), atol=1e-5)
+    assert jnp.abs(result - attention(query, key, value)).max() > 0.01
+
+
+def test_memory_of_the_gradients_grows_with_the_length_not_its_square():
+    def temporaries(length):
+        heads = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        gradient = jax.grad(
+            lambda q, k, v: jnp.sum(attention(q, k, v, causal=True, implementation="blocked")), (0, 1, 2)
+        )
+        return jax.jit(gradient).lower(heads, heads, heads).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2048) < 3 * temporaries(1024)
 
 
 def test_causal_mask_counts_from_the_offset():
     np.testing.assert_array_equal(causal_mask(2, 5, 2)[0, 0], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
 
 
-def test_half_precision_scores_are_computed_in_float32():
+@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+def test_half_precision_scores_are_computed_in_float32(implementation):
     query, key, value = random_heads(4, 1, 64, 1, 32)
-    exact = self_attention(query, key, value)
-    half = self_attention(*(x.astype(jnp.bfloat16) for x in (query, key, value)))
+    exact = attention(query, key, value, implementation="reference")
+    half = attention(*(x.astype(jnp.bfloat16) for x in (query, key, value)), implementation=implementation)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.03)
 
@@ -90,87 +198,3 @@ def test_dropout_belongs_to_the_row_and_keeps_the_mean():
 def test_dropout_without_keys_is_the_identity():
     x = jnp.arange(6.0).reshape(2, 3)
     assert dropout(x, 0.5, None) is x
-
-
-def random_cache(seed, lengths, capacity, layers=2, heads=2, head_width=4, dtype=jnp.float64):
-    """A cache whose rows have these lengths; everything in it is random, also beyond them."""
-    keys = [random_heads(seed + layer, len(lengths), capacity, heads, head_width, dtype)[:2] for layer in range(layers)]
-    cache = empty_cache(len(lengths), capacity)
-    for layer, (key, value) in enumerate(keys):
-        assert not cache.has(layer)
-        cache = cache.start(key, value)
-        assert cache.has(layer)
-    return dataclasses.replace(cache, length=jnp.array(lengths, jnp.int32))
-
-
-def test_a_cache_starts_with_the_first_tokens_of_every_layer():
-    key, value, _ = random_heads(0, 3, 5, 2, 4)
-    cache = empty_cache(3, 8).start(key, value)
-    assert cache.has(0) and not cache.has(1) and len(cache.start(value, key).key) == 2
-    for array, first in ((cache.key[0], key), (cache.value[0], value)):
-        assert array.shape == (3, 2, 8, 4)
-        np.testing.assert_array_equal(array[:, :, :5], first.swapaxes(1, 2))
-        assert not array[:, :, 5:].any()
-    np.testing.assert_array_equal(cache.length, [0, 0, 0])  # it moves once all layers have theirs
-
-
-@pytest.mark.parametrize("lengths", [[5], [0, 3, 6, 1]])
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_cache_inserts_at_each_rows_length_and_only_in_its_layer(x64, lengths, count):
-    before = random_cache(0, lengths, 8, layers=3)
-    key, value, _ = random_heads(9, len(lengths), count, 2, 4, jnp.float64)
-    after = before.insert(1, key, value)
-    np.testing.assert_array_equal(after.length, before.length)
-    for ours, old, new in ((after.key, before.key, key), (after.value, before.value, value)):
-        for layer in (0, 2):
-            np.testing.assert_array_equal(ours[layer], old[layer])
-        expected = np.array(old[1])
-        for row, length in enumerate(lengths):
-            expected[row, :, length : length + count] = new[row].swapaxes(0, 1)
-        np.testing.assert_array_equal(ours[1], expected)
-
-
-def test_a_cache_gives_rows_in_any_order_and_number():
-    cache, rows = random_cache(0, [1, 4, 2], 6, dtype=jnp.float32), np.array([2, 0, 2, 1, 2])
-    taken = cache.take(jnp.array(rows))
-    assert taken.capacity == 6
-    np.testing.assert_array_equal(taken.length, [2, 1, 2, 4, 2])
-    for layer in range(2):
-        np.testing.assert_array_equal(taken.key[layer], cache.key[layer][rows])
-        np.testing.assert_array_equal(taken.value[layer], cache.value[layer][rows])
-
-
-@pytest.mark.parametrize(("count", "scale"), [(1, None), (3, None), (2, 0.7)])
-def test_attention_to_the_cache_is_attention_to_each_rows_own_past(x64, count, scale):
-    """Whatever stands beyond a row's length, be it huge: not one bit of it arrives."""
-    lengths = [0, 5, 2, 8 - count]
-    query, key, value = random_heads(1, 4, count, 2, 4, jnp.float64)
-    cache = random_cache(2, lengths, 8).insert(1, key, value)
-    attended = attend_to_cache(query, cache, 1, scale=scale)
-    for row, length in enumerate(lengths):
-        known = length + count
-        past = [x[1][row : row + 1, :, :known].swapaxes(1, 2) for x in (cache.key, cache.value)]
-        own = self_attention(query[row : row + 1], *past, mask=causal_mask(count, known, length), scale=scale)
-        np.testing.assert_allclose(attended[row], own[0], atol=1e-12)
-
-    beyond = jnp.arange(8) >= (cache.length + count)[:, None]
-    garbage = jnp.where(beyond[:, None, :, None], 1e150, 0)
-    spoiled = dataclasses.replace(
-        cache, key=tuple(k + garbage for k in cache.key), value=tuple(v - garbage for v in cache.value)
-    )
-    np.testing.assert_array_equal(attend_to_cache(query, spoiled, 1, scale=scale), attended)
-
-
-def test_half_precision_scores_of_the_cache_are_computed_in_float32():
-    query, key, value = (x.astype(jnp.bfloat16) for x in random_heads(4, 2, 1, 2, 32))
-    cache = random_cache(5, [63, 30], 64, head_width=32, dtype=jnp.bfloat16).insert(0, key, value)
-    exact = dataclasses.replace(
-        cache,
-        key=tuple(k.astype(jnp.float32) for k in cache.key),
-        value=tuple(v.astype(jnp.float32) for v in cache.value),
-    )
-    half = attend_to_cache(query, cache, 0)
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        half.astype(jnp.float32), attend_to_cache(query.astype(jnp.float32), exact, 0), atol=0.03
-    )

@@ -12,8 +12,8 @@ import pytest
 from jaxgpt.config import GenerationConfig, GPTConfig
 from jaxgpt.generation.beam import beam_search, length_divisor
 from jaxgpt.generation.decode import Decoder, Text, gpt_decoder, padded
-from jaxgpt.models.attention import KVCache
 from jaxgpt.models.blocks import decoding_parameters
+from jaxgpt.models.cache import KVCache
 from jaxgpt.models.gpt import GPT, init_parameters, output_head
 from jaxgpt.models.losses import unembed
 

@@ -19,7 +19,8 @@ PAIRS += ["--batch-size", "4", "--length", "6", "--steps", "2", "--sentences", "
 
 def benchmark(cache, *arguments, script="train_step.py", devices=1, code=0):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    env = environment(cache, devices) | {"PYTHONPATH": str(ROOT)}
+    # Compiled quickly: what is tested is that the figures hang together, not how great they are.
+    env = environment(cache, devices) | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done
@@ -174,3 +175,27 @@ def test_bad_input_to_translate_is_one_line(tmp_path, arguments, message):
 def test_translate_says_what_a_peer_needs(tmp_path):
     err = benchmark(tmp_path, *PAIRS, "--vs", "torch", script="translate.py", code=2).stderr
     assert "--vs torch needs" in err and "pip install" in err and len(err.splitlines()) == 1
+
+
+def test_attention_is_measured_beside_pytorch(tmp_path):
+    pytest.importorskip("torch", reason="needs torch, which only the comparison installs")
+    options = ["--lengths", "5", "130", "--heads", "2", "--head-width", "8", "--rounds", "2", "--vs", "torch", "--json"]
+    done = benchmark(tmp_path, *options, script="attention.py")
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert [result["length"] for result in results] == [5, 130]
+    for result in results:
+        rate = result["ours"]["calls_per_second"]
+        assert rate["min"] <= rate["median"] <= rate["max"] and result["torch"]["ratio"]["median"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "0"], "each must be at least 1"),
+        (["--heads", "0"], "heads is 0; it must be at least 1"),
+        (["--vs", "torch", "--dtype", "bfloat16"], "beside torch the dtype is float32, not bfloat16"),
+    ],
+)
+def test_bad_input_to_attention_is_one_line(tmp_path, arguments, message):
+    err = benchmark(tmp_path, *arguments, script="attention.py", code=2).stderr
+    assert message in err and len(err.splitlines()) == 1

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is what was saved, or an error that says so; the newest and the best are kept."""
 
+import contextlib
 import functools
 import gc
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxgpt.storage.checkpoint import METRIC, Checkpoints, DamagedCheckpointError, checksums
+from jaxgpt.storage.checkpoint import Checkpoints, DamagedCheckpointError, checksums
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +64,7 @@ def save(folder, losses, start=1):
     """Save a checkpoint for each loss (None: not measured) at steps start, start + 1, ..."""
     checkpoints = Checkpoints(folder)
     for step, loss in enumerate(losses, start):
-        metrics = None if loss is None else {METRIC: loss}
+        metrics = None if loss is None else {"eval/loss": loss}
         checkpoints.save(step, make_trees(step), metrics=metrics, extra={"seconds": 1.5, "step": step})
     checkpoints.close()
 
@@ -141,7 +142,7 @@ def test_the_newest_and_the_best_are_kept_and_nothing_else(tmp_path, losses, kep
 def test_several_of_the_newest_are_kept_where_they_are_wanted(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=3)
     for step, loss in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 1):
-        checkpoints.save(step, make_trees(step), metrics={METRIC: loss}, extra={})
+        checkpoints.save(step, make_trees(step), metrics={"eval/loss": loss}, extra={})
     assert checkpoints.steps == [1, 4, 5, 6]
     checkpoints.close()
 
@@ -236,7 +237,7 @@ def test_another_value_that_reads_well_is_noticed(tmp_path, saved):
     """What Orbax cannot see: a checkpoint whose arrays are those of another, whole and readable."""
     save(tmp_path / "c", [2.0], start=1)
     other = Checkpoints(tmp_path / "other")
-    other.save(1, make_trees(9), metrics={METRIC: 2.0}, extra={})
+    other.save(1, make_trees(9), metrics={"eval/loss": 2.0}, extra={})
     other.close()
     shutil.rmtree(tmp_path / "c" / "1" / "optimizer")
     shutil.copytree(tmp_path / "other" / "1" / "optimizer", tmp_path / "c" / "1" / "optimizer")
@@ -334,3 +335,10 @@ def test_checksums_are_of_the_bytes():
     trees["parameters"]["half"] = trees["parameters"]["half"].at[2, 3].multiply(-1)
     after = checksums(trees)
     assert {name for name in before if before[name] != after[name]} == {"parameters/half"}
+
+
+def test_the_best_may_be_the_highest_of_another_figure(tmp_path):
+    with contextlib.closing(Checkpoints(tmp_path, metric="eval/accuracy", highest=True)) as checkpoints:
+        for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7)):
+            checkpoints.save(step, make_trees(step), metrics={"eval/accuracy": accuracy}, extra={})
+        assert checkpoints.best_step == 2 and checkpoints.steps == [2, 3]

@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from jaxgpt.arguments import parse
-from jaxgpt.cli import GenerateOptions, main
+from jaxgpt.cli import main
+from jaxgpt.cli.text import GenerateOptions
 from jaxgpt.config import TrainConfig
 from jaxgpt.recipes import RECIPES, recipe
 
@@ -48,7 +49,7 @@ def train_config(*flags):
         (["train", "--steps", "0"], "steps is 0; it must be at least 1"),
         (["train", "--model.heads", "5"], "model.heads is 5, which does not divide model.width"),
         (["train", "--model.dropout", "1"], "model.dropout is 1.0; it must be in [0, 1)"),
-        (["train", "--data.sequence-length", "99999"], "longer than model.context"),
+        (["train", "--data.sequence-length", "99999"], "longer than the model's context of 128 tokens"),
         (["train", "--data.path", "nowhere.txt"], "no file or folder nowhere.txt"),
         (["train", "gpt2", "extra"], "extra"),
         (["generate"], "--model"),

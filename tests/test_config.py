@@ -6,7 +6,12 @@ import json
 import pytest
 
 from jaxgpt.config import (
+    AdaptConfig,
+    ChatConfig,
+    ConversationsConfig,
     DataConfig,
+    ExamplesConfig,
+    FinetuneConfig,
     GenerationConfig,
     GPTConfig,
     OptimizerConfig,
@@ -29,7 +34,8 @@ UNUSUAL = TrainConfig(
         vocab_size=300, context=32, layers=3, heads=2, width=8, hidden=24, dropout=0.5, bias=False, tied_head=False,
         positions="sinusoidal", norm_epsilon=1e-6, init_std=0.1, parameter_dtype="float64", compute_dtype="bfloat16",
         attention="blocked", remat=True, unroll=2, embedding_dropout=0.25, attention_dropout=0.125, activation="relu",
-        norm="post", scale_attention=False, scale_attention_by_layer=True,
+        norm="post", scale_attention=False, scale_attention_by_layer=True, kv_heads=1, normalizer="rms", qk_norm=True,
+        zero_init=True, scale_embeddings=True, window=5, logit_cap=2.5,
     ),
     data=DataConfig(
         path=("a", "b"), text_field="body", tokenizer="byte", vocab_size=512, unknown="token", held_out=0.25,
@@ -38,10 +44,12 @@ UNUSUAL = TrainConfig(
     optimizer=OptimizerConfig(
         name="muon", learning_rate=0.5, final_learning_rate=0.25, muon_learning_rate=0.125, schedule="wsd",
         warmup_steps=3, decay_share=0.5, beta1=0.5, beta2=0.5, epsilon=0.5, weight_decay=0.5, clip_norm=None,
+        warmup_share=0.25, layer_decay=0.5,
     ),
-    parallel=ParallelConfig(strategy="mesh", devices=2, gradient_accumulation=2),
+    parallel=ParallelConfig(strategy="mesh", devices=2, mesh="fsdp=2", gradient_accumulation=2),
     steps=7, seed=8, out="o", resume="latest", max_seconds=9.5, eval_interval=10, checkpoint_interval=11, average=3,
-    patience=4, log_interval=12, sample_tokens=13, sample_prompt="p", quiet=True, tensorboard=True,
+    patience=4, log_interval=12, sample_tokens=13, sample_prompt="p", quiet=True, tensorboard=True, init_from="base",
+    adapt=AdaptConfig("lora", 2, 3, 0.5, ("up", "down")),
 )  # fmt: skip
 UNUSUAL_TRANSLATION = TranslationConfig(
     model=TransformerConfig(
@@ -49,7 +57,7 @@ UNUSUAL_TRANSLATION = TranslationConfig(
         **{key: value for key, value in vars(UNUSUAL.model).items() if key in
            {"vocab_size", "context", "heads", "width", "hidden", "dropout", "bias", "norm_epsilon", "parameter_dtype",
             "compute_dtype", "attention", "remat", "unroll", "embedding_dropout", "attention_dropout",
-            "scale_attention", "scale_attention_by_layer"}},
+            "scale_attention", "scale_attention_by_layer", "kv_heads", "normalizer", "qk_norm", "zero_init"}},
         positions="learned", activation="gelu", norm="pre",
     ),
     data=PairsConfig(
@@ -63,6 +71,28 @@ UNUSUAL_TRANSLATION = TranslationConfig(
     label_smoothing=0.2, validation_sentences=3, samples=2,
 )  # fmt: skip
 
+SHARED = {
+    key: value for key, value in vars(UNUSUAL).items() if key in
+    {"model", "optimizer", "parallel", "steps", "seed", "out", "resume", "max_seconds", "eval_interval", "average",
+     "checkpoint_interval", "patience", "log_interval", "quiet", "tensorboard", "init_from", "adapt"}
+}  # fmt: skip
+UNUSUAL_FINETUNE = FinetuneConfig(
+    **SHARED, task="similarity", epochs=None, evaluations=2.0, lm_weight=0.25, head_dropout=0.75, labels=("x", "y"),
+    class_weights=(1.0, 2.0), select="accuracy", samples=7,
+    data=ExamplesConfig(
+        path=("a",), validation=("b",), text=("c", "d"), label="e", options=("f",), held_out=0.25, tokenizer="x",
+        vocab_size=512, max_length=16, batch_size=3, buckets=2,
+    ),
+)  # fmt: skip
+UNUSUAL_CHAT = ChatConfig(
+    **SHARED, epochs=None, evaluations=2.0, validation_answers=3, samples=7,
+    data=ConversationsConfig(
+        path=("a",), validation=("b",), prompt_field="p", response_field="r", input_field="i", held_out=0.25,
+        tokenizer="x", vocab_size=512, sequence_length=16, batch_size=3, pack=False, too_long="drop-turns",
+    ),
+)  # fmt: skip
+ALL_UNUSUAL = [UNUSUAL, UNUSUAL_TRANSLATION, UNUSUAL_FINETUNE, UNUSUAL_CHAT]
+
 
 def through_json(config):
     return from_dict(type(config), json.loads(json.dumps(to_dict(config))))
@@ -73,10 +103,11 @@ def test_every_recipe_survives_json(name):
     assert through_json(recipe(name)) == recipe(name)
 
 
-@pytest.mark.parametrize("unusual", [UNUSUAL, UNUSUAL_TRANSLATION], ids=["lm", "translation"])
+@pytest.mark.parametrize("unusual", ALL_UNUSUAL, ids=lambda config: type(config).__name__)
 def test_every_field_survives_json(unusual):
     default = flatten(type(unusual)())
-    assert [key for key, value in flatten(unusual).items() if value == default[key]] == []
+    same = [key for key, value in flatten(unusual).items() if value == default[key]]
+    assert same == ["regression"] * isinstance(unusual, FinetuneConfig), "which allows for no class weights"
     assert through_json(unusual) == unusual
 
 

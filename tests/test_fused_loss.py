@@ -12,8 +12,8 @@ from jaxgpt.models.fused_loss import smoothed_divergence_sums
 from jaxgpt.models.losses import smoothed_divergence, unembed
 
 
-def plain(hidden, head, targets, weights, smoothing):
-    divergence, nll = smoothed_divergence(unembed(hidden, head), targets, smoothing)
+def plain(hidden, head, targets, weights, smoothing, cap=None):
+    divergence, nll = smoothed_divergence(unembed(hidden, head, cap), targets, smoothing)
     return jnp.sum(divergence * weights), jnp.sum(nll * weights)
 
 
@@ -28,18 +28,22 @@ def random_case(seed, dtype="float64"):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rows", [1, 7, 1000])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_it_is_the_plain_loss_and_so_are_its_gradients(x64, monkeypatch, seed, rows, smoothing):
+@pytest.mark.parametrize(("smoothing", "cap"), [(0.0, None), (0.1, None), (0.1, 3.0)])
+def test_it_is_the_plain_loss_and_so_are_its_gradients(x64, monkeypatch, seed, rows, smoothing, cap):
     monkeypatch.setattr(fused_loss, "ROWS", rows)  # so that a few positions are several parts
     case = random_case(seed)
-    ours, theirs = (f(*case, smoothing) for f in (smoothed_divergence_sums, plain))
+    ours, theirs = (f(*case, smoothing, cap) for f in (smoothed_divergence_sums, plain))
     np.testing.assert_allclose(ours, theirs, rtol=1e-12)
     # With gradients the sums are computed another way; the second is a measurement and has none.
     (value, nll), gradients = jax.value_and_grad(
-        lambda hidden, head: smoothed_divergence_sums(hidden, head, *case[2:], smoothing), argnums=(0, 1), has_aux=True
+        lambda hidden, head: smoothed_divergence_sums(hidden, head, *case[2:], smoothing, cap),
+        argnums=(0, 1),
+        has_aux=True,
     )(*case[:2])
     np.testing.assert_allclose([value, nll], theirs, rtol=1e-12)
-    expected = jax.grad(lambda hidden, head: plain(hidden, head, *case[2:], smoothing)[0], argnums=(0, 1))(*case[:2])
+    expected = jax.grad(lambda hidden, head: plain(hidden, head, *case[2:], smoothing, cap)[0], argnums=(0, 1))(
+        *case[:2]
+    )
     for ours, theirs in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 

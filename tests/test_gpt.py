@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.models.attention import empty_cache
 from jaxgpt.models.blocks import decoding_parameters
-from jaxgpt.models.gpt import GPT, decode_step, init_parameters, output_head, prefill
-from jaxgpt.models.losses import cross_entropy, unembed
+from jaxgpt.models.cache import empty_cache
+from jaxgpt.models.gpt import GPT, decode_step, init_parameters, next_token_logits, output_head, prefill
+from jaxgpt.models.losses import cross_entropy
 
 TINY = GPTConfig(vocab_size=50, context=24, layers=3, heads=2, width=16, unroll=1)
 FLOAT64 = {"parameter_dtype": "float64", "compute_dtype": "float64"}
@@ -27,7 +27,7 @@ def random_tokens(seed, batch, length, vocab_size=50):
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(config, parameters, tokens, **kwargs):
     hidden, _ = GPT(config).apply({"params": parameters}, tokens, **kwargs)
-    return unembed(hidden, output_head(parameters))
+    return next_token_logits(config, parameters, hidden)
 
 
 def mean_loss(config, parameters, tokens, **kwargs):
@@ -63,14 +63,25 @@ CHANGES = {
     "unscaled, by layer": {"scale_attention": False, "scale_attention_by_layer": True},
     "hidden": {"hidden": 20},
     "epsilon": {"norm_epsilon": 0.1},
-}
+    "relu squared": {"activation": "relu-squared"},
+    "swiglu": {"activation": "swiglu"},
+    "rms": {"normalizer": "rms"},
+    "query and key norm": {"qk_norm": True},
+    "rotary": {"positions": "rotary"},
+    "shared keys": {"kv_heads": 1},
+    "scaled embeddings": {"scale_embeddings": True},
+    "window": {"window": 6},
+    "capped logits": {"logit_cap": 2.0},
+    "modern": {
+        "positions": "rotary", "normalizer": "rms", "qk_norm": True, "kv_heads": 2, "heads": 4,
+        "activation": "swiglu", "tied_head": False, "bias": False, "window": 6,
+    },
+}  # fmt: skip
 
 
 def small(change, dtype="float64"):
-    return GPTConfig(
-        vocab_size=23, context=16, layers=2, heads=2, width=8, unroll=1, parameter_dtype=dtype, compute_dtype=dtype,
-        **CHANGES[change],
-    )  # fmt: skip
+    settings = {"heads": 2, "parameter_dtype": dtype, "compute_dtype": dtype} | CHANGES[change]
+    return GPTConfig(vocab_size=23, context=16, layers=2, width=8, unroll=1, **settings)
 
 
 def random_parameters(config, seed=0):
@@ -128,20 +139,36 @@ def by_the_formulas(config, parameters, tokens):
     width, length = config.head_width, tokens.shape[1]
 
     def norm(x, layer):
-        spread = np.sqrt(x.var(-1, keepdims=True) + config.norm_epsilon)
-        return (x - x.mean(-1, keepdims=True)) / spread * layer["scale"] + layer.get("bias", 0)
+        x = x - x.mean(-1, keepdims=True) if config.normalizer == "layer" else x
+        spread = np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon)
+        return x / spread * layer["scale"] + layer.get("bias", 0)
+
+    def prepared(x):
+        """Queries or keys of one head."""
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) if config.qk_norm else x
+        if config.positions != "rotary":
+            return x
+        turn = np.exp(1j * np.arange(length)[:, None] * 10_000.0 ** (-2 * np.arange(width // 2) / width))
+        turned = (x[..., : width // 2] + 1j * x[..., width // 2 :]) * turn
+        return np.concatenate([turned.real, turned.imag], axis=-1)
 
     def dense(x, layer):
         return x @ layer["kernel"] + layer.get("bias", 0)
 
     def attention(x, layer, number):
         heads = []
-        query, key, value = np.split(dense(x, layer["qkv"]), 3, axis=-1)
-        for start in range(0, config.width, width):
-            q, k, v = (part[..., start : start + width] for part in (query, key, value))
+        kv_heads = config.kv_heads or config.heads
+        places = [config.width, config.width + kv_heads * width]
+        query, key, value = np.split(dense(x, layer["qkv"]), places, axis=-1)
+        for head in range(config.heads):
+            shared = head * kv_heads // config.heads
+            q = prepared(query[..., head * width :][..., :width])
+            k = prepared(key[..., shared * width :][..., :width])
+            v = value[..., shared * width :][..., :width]
             scores = q @ k.swapaxes(-1, -2) / (np.sqrt(width) if config.scale_attention else 1)
             scores = scores / (number + 1 if config.scale_attention_by_layer else 1)
-            weights = np.exp(scores) * np.tri(length)
+            seen = np.tri(length) - (np.tri(length, k=-config.window) if config.window else 0)
+            weights = np.exp(scores) * seen
             heads.append(weights / weights.sum(-1, keepdims=True) @ v)
         return dense(np.concatenate(heads, axis=-1), layer["out"])
 
@@ -151,6 +178,8 @@ def by_the_formulas(config, parameters, tokens):
         "relu": lambda x: np.maximum(x, 0),
         "silu": lambda x: x / (1 + np.exp(-x)),
         "tanh": np.tanh,
+        "relu-squared": lambda x: np.maximum(x, 0) ** 2,
+        "swiglu": lambda x: (a := np.split(x, 2, axis=-1))[0] / (1 + np.exp(-a[0])) * a[1],
     }
 
     def mlp(x, layer):
@@ -160,7 +189,8 @@ def by_the_formulas(config, parameters, tokens):
     positions = np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(length, config.width)
     if config.positions == "learned":
         positions = p["position_embedding"]["embedding"][:length]
-    x = p["token_embedding"]["embedding"][tokens] + positions
+    x = p["token_embedding"]["embedding"][tokens] * (np.sqrt(config.width) if config.scale_embeddings else 1)
+    x = x + (0 if config.positions == "rotary" else positions)
     for number in range(config.layers):
         block = jax.tree.map(lambda leaf: leaf[number], p["blocks"])  # noqa: B023
         first, second = block["attention_norm"], block["mlp_norm"]
@@ -171,7 +201,8 @@ def by_the_formulas(config, parameters, tokens):
             x = norm(x + attention(x, block["attention"], number), first)
             x = norm(x + mlp(x, block["mlp"]), second)
     x = norm(x, p["final_norm"]) if config.norm == "pre" else x
-    return x @ (p["token_embedding"]["embedding"] if config.tied_head else p["head"]).T
+    logits = x @ (p["token_embedding"]["embedding"] if config.tied_head else p["head"]).T
+    return logits if config.logit_cap is None else config.logit_cap * np.tanh(logits / config.logit_cap)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -182,11 +213,14 @@ def test_the_model_is_that_of_the_papers(x64, change):
     np.testing.assert_allclose(whole, by_the_formulas(config, parameters, tokens), atol=1e-9)
 
 
+OTHER_PARAMETERS = ("untied", "sinusoidal", "blocked", "hidden", "rms", "rotary", "swiglu", "shared keys", "modern")
+
+
 def test_every_option_has_an_effect(x64):
     """So that to be equal with an option is to be equal with that option."""
     logits = {}
     for change in CHANGES:
-        if "bias" not in change and change not in ("untied", "sinusoidal", "blocked", "hidden"):  # other parameters
+        if "bias" not in change and change not in OTHER_PARAMETERS:
             parameters = random_parameters(small("default"))
             if small(change).norm == "post":
                 del parameters["final_norm"]
@@ -195,7 +229,7 @@ def test_every_option_has_an_effect(x64):
         assert np.abs(logits[one] - logits[other]).max() > 1e-5, (one, other)
 
 
-@pytest.mark.parametrize("change", ["default", "post-norm, no bias", "untied", "unscaled, by layer", "sinusoidal"])
+@pytest.mark.parametrize("change", ["default", "post-norm, no bias", "untied", "unscaled, by layer", "modern"])
 def test_the_layout_for_decoding_changes_no_value(x64, change):
     config, tokens = small(change), random_tokens(1, 4, 16, 23)
     stacked = random_parameters(config)
@@ -229,7 +263,9 @@ def test_what_the_cache_cannot_hold_is_refused():
         GPT(TINY).apply({"params": parameters}, random_tokens(0, 2, 9), cache=empty_cache(2, 8))
 
 
-@pytest.mark.parametrize("change", [{}, {"bias": False, "tied_head": False}, {"remat": True}, {"norm": "post"}])
+@pytest.mark.parametrize(
+    "change", [{}, {"bias": False, "tied_head": False}, {"remat": True}, {"norm": "post"}, CHANGES["modern"]]
+)
 def test_gradients_agree_with_finite_differences(x64, change):
     config = dataclasses.replace(small("default"), **change)
     parameters, tokens = jax.tree.map(np.array, random_parameters(config)), random_tokens(1, 2, 9, 23)
@@ -339,3 +375,14 @@ def test_too_many_tokens_are_refused():
 def test_an_id_outside_the_vocabulary_is_not_another_token():
     parameters = random_parameters(TINY)
     assert jnp.isnan(logits_of(TINY, parameters, jnp.array([[50]]))).all()
+
+
+def test_with_zero_init_every_block_starts_as_the_identity():
+    config = dataclasses.replace(TINY, zero_init=True)
+    parameters = init_parameters(config, jax.random.key(0))
+    for part, name in (("attention", "out"), ("mlp", "down")):
+        assert not jnp.any(parameters["blocks"][part][name]["kernel"])
+    fewer = jax.tree.map(lambda leaf: leaf[:1], parameters["blocks"])
+    tokens = random_tokens(1, 2, 9)
+    one = logits_of(dataclasses.replace(config, layers=1), {**parameters, "blocks": fewer}, tokens)
+    np.testing.assert_array_equal(one, logits_of(config, parameters, tokens))

@@ -20,6 +20,8 @@ RANK |= {
     "reference": 3,
     "api": 4,
     "launch": 4,
+    "compiled": 4,
+    "plan": 5,
     "evaluate": 5,
     "verify": 5,
 }
@@ -110,8 +112,9 @@ def loaded_after(program):
     [
         "import jaxgpt",
         "from jaxgpt.cli import main; main(['--help'])",
+        "from jaxgpt.cli import main; main(['inspect', '--help'])",
         "from jaxgpt.cli import main; [main([verb, '--help']) for verb in 'train generate translate evaluate'.split()]",
-        "from jaxgpt.cli import main; [main([verb, '--help']) for verb in 'export verify'.split()]",
+        "from jaxgpt.cli import main; [main([verb, '--help']) for verb in 'export verify chat classify'.split()]",
         "from jaxgpt.cli import main; main(['train', '--stepz', '3'])",
         "import jaxgpt.data.batches, jaxgpt.data.shards, jaxgpt.storage.runs, jaxgpt.recipes",
     ],

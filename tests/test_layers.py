@@ -7,36 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.models.layers import MLP, Dense, MultiHeadAttention, PositionalEncoding, sinusoidal_positions
-
-
-def test_sinusoidal_positions_are_the_papers():
-    table = sinusoidal_positions(50, 16)
-    for t, i in [(0, 0), (3, 2), (49, 7)]:
-        angle = t / 10_000 ** (2 * i / 16)
-        np.testing.assert_allclose(table[t, 2 * i], np.sin(angle), atol=1e-5)
-        np.testing.assert_allclose(table[t, 2 * i + 1], np.cos(angle), atol=1e-5)
-
-
-def test_sinusoidal_positions_refuse_an_odd_width():
-    with pytest.raises(ValueError, match="even width, not 7"):
-        sinusoidal_positions(4, 7)
-
-
-@pytest.mark.parametrize("learned", [True, False])
-def test_positional_encoding_looks_rows_up(learned):
-    encoding = PositionalEncoding(context=10, width=6, learned=learned)
-    variables = encoding.init(jax.random.key(0), jnp.arange(10))
-    rows = encoding.apply(variables, jnp.array([7, 2]))
-    whole = encoding.apply(variables, jnp.arange(10))
-    np.testing.assert_array_equal(rows, whole[jnp.array([7, 2])])
-    assert bool(jax.tree.leaves(variables)) == learned
-
-
-def test_a_position_beyond_the_table_is_not_another_position():
-    encoding = PositionalEncoding(context=4, width=2)
-    variables = encoding.init(jax.random.key(0), jnp.arange(4))
-    assert np.isnan(encoding.apply(variables, jnp.array([4]))).all()
+from jaxgpt.models.layers import MLP, Dense, MultiHeadAttention
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -93,3 +64,13 @@ def test_multi_head_attention_is_heads_side_by_side():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="5 heads do not divide the width 12"):
         MultiHeadAttention(heads=5).init(jax.random.key(0), jnp.zeros((1, 2, 12)))
+
+
+def test_the_gradient_of_a_bias_is_the_sum_of_the_outputs(x64):
+    random = np.random.default_rng(2)
+    x, weights = jnp.array(random.normal(size=(3, 5, 4))), jnp.array(random.normal(size=(3, 5, 6)))
+    layer = Dense(6, parameter_dtype="float64", compute_dtype="float64")
+    variables = layer.init(jax.random.key(0), x)
+    gradients = jax.grad(lambda variables: jnp.sum(layer.apply(variables, x) * weights))(variables)["params"]
+    np.testing.assert_allclose(gradients["bias"], weights.sum((0, 1)), rtol=1e-12)
+    np.testing.assert_allclose(gradients["kernel"], jnp.einsum("bti,bto->io", x, weights), rtol=1e-12)

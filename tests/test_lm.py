@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import DataConfig, GPTConfig, TrainConfig
+from jaxgpt.config import AdaptConfig, DataConfig, GPTConfig, TrainConfig
 from jaxgpt.data.shards import prepare
 from jaxgpt.models.gpt import GPT, init_parameters, output_head
 from jaxgpt.models.losses import unembed
@@ -31,6 +31,10 @@ def config(tmp_path):
     return TrainConfig(model=MODEL, data=data, steps=5, sample_tokens=10)
 
 
+def numbers(*values):
+    return [np.array(value) for value in values]
+
+
 def on_device(batch):
     return jax.tree.map(jnp.asarray, batch)
 
@@ -45,7 +49,7 @@ def test_it_is_a_task(task):
 
 
 def test_the_loss_is_the_cross_entropy(task):
-    parameters = task.init(jax.random.key(0))
+    parameters = task.init(jax.random.key(0))[0]
     batch = dict(next(task.batches(0, 1)))
     batch["weights"] = np.random.default_rng(0).uniform(0, 2, batch["weights"].shape).astype(np.float32)
     total, weight = task.loss(parameters, on_device(batch), None)
@@ -65,7 +69,7 @@ def test_dropout_keys_change_the_loss_and_their_absence_does_not(task):
     model = dataclasses.replace(MODEL, dropout=0.3)
     parameters = init_parameters(model, jax.random.key(0))
     batch = on_device(next(task.batches(0, 1)))
-    loss = functools.partial(lm.loss, model, parameters, batch)
+    loss = functools.partial(lm.loss, model, AdaptConfig(), parameters, batch)
     without, _ = loss(None)
     drawn = [float(loss(jax.random.split(jax.random.key(seed), 4))[0]) for seed in (0, 0, 1)]
     assert float(without) == float(task.loss(parameters, batch, None)[0])
@@ -79,7 +83,7 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(config):
             dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size)), text
         )
         evaluate = jax.jit(functools.partial(evaluate_step, sums=task.evaluation_sums))
-        parameters = task.init(jax.random.key(0))
+        parameters = task.init(jax.random.key(0))[0]
         sums = [evaluate(parameters, batch) for batch in task.evaluation_batches()]
         results.append(np.sum(np.array(sums, np.float64), axis=0))
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
@@ -89,11 +93,11 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(config):
 def test_bits_per_byte_are_what_the_text_would_take(task, config):
     """The bits of all held-out tokens over the bytes they stand for."""
     held_out = prepare(config.data).held_out
-    metrics = task.evaluation_metrics([60.0, 40.0], {})
+    metrics = task.evaluation_metrics(numbers(60.0, 40.0), {})
     assert metrics["eval/loss"] == 1.5 and metrics["eval/perplexity"] == pytest.approx(math.exp(1.5))
     assert held_out.bytes == len(TEXT[int(len(TEXT) * 0.8 + 1e-6) :].encode())
     assert metrics["eval/bits_per_byte"] == pytest.approx(1.5 / math.log(2) * len(held_out) / held_out.bytes)
-    uniform = task.evaluation_metrics([math.log(256) * 9, 9.0], {})
+    uniform = task.evaluation_metrics(numbers(math.log(256) * 9, 9.0), {})
     assert uniform["eval/bits_per_byte"] == pytest.approx(8.0)  # bytes: as many tokens as bytes
 
 
@@ -102,12 +106,12 @@ def test_bits_per_byte_count_bytes_and_not_characters(config):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="character"))
     text = prepare(config.data)
     assert len(text.held_out) < text.held_out.bytes
-    bits = LanguageModelling(config, text).evaluation_metrics([math.log(128) * 9, 9.0], {})["eval/bits_per_byte"]
+    bits = LanguageModelling(config, text).evaluation_metrics(numbers(math.log(128) * 9, 9.0), {})["eval/bits_per_byte"]
     assert bits * text.held_out.bytes == pytest.approx(7 * len(text.held_out))
 
 
 def test_a_hopeless_model_has_a_perplexity_too(task):
-    assert math.isfinite(task.evaluation_metrics([1e6, 1.0], {})["eval/perplexity"])
+    assert math.isfinite(task.evaluation_metrics(numbers(1e6, 1.0), {})["eval/perplexity"])
 
 
 def test_batches_go_on_where_a_run_stopped(task):
@@ -119,7 +123,7 @@ def test_batches_go_on_where_a_run_stopped(task):
 
 
 def test_a_sample_is_text_that_the_seed_decides(task):
-    parameters = task.init(jax.random.key(0))
+    parameters = task.init(jax.random.key(0))[0]
     first = "".join(task.sample(parameters))
     assert first and "".join(task.sample(parameters)) == first
 

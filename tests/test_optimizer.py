@@ -199,3 +199,34 @@ def test_updates_keep_the_type_of_their_parameters():
     state = optimizer.init(parameters)
     updates, _ = jax.jit(optimizer.update)(parameters, state, parameters, position=jnp.float32(5))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {"bfloat16"}
+
+
+def test_lower_layers_move_by_their_share(x64):
+    """The update of each layer is that without decay, times the share to the power of its depth from the top."""
+    parameters = {
+        "token_embedding": {"embedding": jnp.ones((5, 2))},
+        "blocks": {"mlp": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}},
+        "final_norm": {"scale": jnp.ones(2)},
+        "task_head": {"kernel": jnp.ones((2, 2))},
+    }
+    gradients = jax.tree.map(lambda x: 0.1 + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), parameters)
+    updates = []
+    for share in (1.0, 0.5):
+        config = OptimizerConfig(layer_decay=share, schedule="constant", warmup_steps=0)
+        rule = make_optimizer(config, 10)
+        updates.append(rule.update(gradients, rule.init(parameters), parameters, position=jnp.float32(0))[0])
+    plain, decayed = updates
+    for name, share in (("task_head", 1.0), ("final_norm", 1.0), ("token_embedding", 0.5**4)):
+        for one, other in zip(jax.tree.leaves(plain[name]), jax.tree.leaves(decayed[name]), strict=True):
+            np.testing.assert_allclose(share * one, other, rtol=1e-6)
+    for leaf in ("kernel", "bias"):
+        for layer in range(3):
+            expected = 0.5 ** (3 - layer) * plain["blocks"]["mlp"][leaf][layer]
+            np.testing.assert_allclose(expected, decayed["blocks"]["mlp"][leaf][layer], rtol=1e-6)
+
+
+def test_the_warm_up_may_be_a_share_of_the_steps():
+    steps = make_schedule(OptimizerConfig(warmup_steps=30), 300)
+    share = make_schedule(OptimizerConfig(warmup_share=0.1, warmup_steps=7), 300)
+    for position in (0.0, 5.0, 30.0, 31.0, 200.0, 300.0):
+        assert float(share(jnp.float32(position))) == pytest.approx(float(steps(jnp.float32(position))))

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxgpt.data.pair_batches import PairBatches, choose_bounds, pair_lengths, rows_of
+from jaxgpt.data.buckets import choose_bounds, rows_of
+from jaxgpt.data.pair_batches import PairBatches, pair_lengths
 from jaxgpt.data.pairs import EncodedPairs
 
 END = 999  # no token of a sentence
@@ -35,8 +36,8 @@ def batches_of(case, seed: int = 0) -> PairBatches:
 
 
 def epoch(batches: PairBatches, number: int = 0) -> list[dict[str, np.ndarray]]:
-    start = number * batches.batches_per_epoch
-    return [batches.batch(step) for step in range(start, start + batches.batches_per_epoch)]
+    start = number * batches.order.batches_per_epoch
+    return [batches.batch(step) for step in range(start, start + batches.order.batches_per_epoch)]
 
 
 def rows(batches) -> list[tuple[list[int], list[int]]]:
@@ -61,13 +62,13 @@ def test_every_pair_comes_once_an_epoch_and_once_in_order():
         for number in range(2):
             assert sorted(rows(epoch(batches, number))) == expected
         in_order = list(batches.in_order())
-        assert sorted(rows(in_order)) == expected and len(in_order) == batches.batches_per_epoch
+        assert sorted(rows(in_order)) == expected and len(in_order) == batches.order.batches_per_epoch
 
 
 def test_in_order_is_by_length_and_then_as_given():
     for case in random_cases(1):
         seen = [source[0] - 1000 for source, _ in rows(batches_of(case).in_order())]
-        bounds = [bucket.length for bucket in batches_of(case).buckets]
+        bounds = [bucket.length for bucket in batches_of(case).order.buckets]
         places = np.searchsorted(bounds, pair_lengths(case[0]))
         assert seen == sorted(range(len(seen)), key=lambda number: (places[number], number))
 
@@ -108,7 +109,7 @@ def test_shapes_are_those_of_the_buckets():
     for case in random_cases(4):
         pairs, bounds, tokens, multiple = case
         batches, longest = batches_of(case), int(pair_lengths(pairs).max())
-        shapes = {(bucket.rows, bucket.length) for bucket in batches.buckets}
+        shapes = {(bucket.rows, bucket.length) for bucket in batches.order.buckets}
         assert {batch["source"].shape for batch in epoch(batches)} == shapes
         assert {batch["source"].shape for batch in batches.in_order()} == shapes
         assert {length for _, length in shapes} <= {*bounds, longest}
@@ -123,9 +124,9 @@ def test_a_pair_is_in_the_smallest_bucket_that_holds_it():
         pairs, bounds, _, _ = case
         lengths = pair_lengths(pairs)
         available = sorted({*bounds, max(int(lengths.max()), max(bounds))})  # one more for what is longer than all
-        members = [bucket.members for bucket in batches_of(case).buckets]
+        members = [bucket.members for bucket in batches_of(case).order.buckets]
         assert sorted(np.concatenate(members)) == list(range(len(pairs)))
-        for bucket in batches_of(case).buckets:
+        for bucket in batches_of(case).order.buckets:
             for member in bucket.members:
                 size = max(len(pairs.source[member]), len(pairs.target[member])) + 1
                 assert bucket.length == next(bound for bound in available if bound >= size)
@@ -134,7 +135,7 @@ def test_a_pair_is_in_the_smallest_bucket_that_holds_it():
 def test_pairs_longer_than_all_bounds_get_a_bucket():
     pairs = make_pairs(np.random.default_rng(0), 200, 30)
     batches = PairBatches(pairs, END, [5, 9], 100, 4, 0)
-    assert [bucket.length for bucket in batches.buckets] == [5, 9, int(pair_lengths(pairs).max())]
+    assert [bucket.length for bucket in batches.order.buckets] == [5, 9, int(pair_lengths(pairs).max())]
     assert len(rows(epoch(batches))) == 200
 
 
@@ -145,7 +146,7 @@ def equal(ours, theirs) -> bool:
 def test_a_batch_depends_on_seed_and_step_alone():
     case = next(random_cases(6, 1))
     batches = batches_of(case, seed=3)
-    in_order = [batches.batch(step) for step in range(4 * batches.batches_per_epoch)]
+    in_order = [batches.batch(step) for step in range(4 * batches.order.batches_per_epoch)]
     for step in np.random.default_rng(7).permutation(len(in_order)):
         assert equal(batches_of(case, seed=3).batch(int(step)), in_order[step])
         assert equal(batches.batch(int(step)), in_order[step])

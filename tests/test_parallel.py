@@ -7,23 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.config import GPTConfig, OptimizerConfig, ParallelConfig
+from jaxgpt.config import AdaptConfig, GPTConfig, OptimizerConfig, ParallelConfig
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.tasks import lm
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import choose_layout
 from jaxgpt.training.step import TrainState, evaluate_step, train_step
 
-MODEL = GPTConfig(vocab_size=11, context=6, layers=1, heads=2, width=8, dropout=0.3, unroll=1)
+MODEL = GPTConfig(vocab_size=12, context=6, layers=1, heads=2, width=8, dropout=0.3, unroll=1)
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10)
-LOSS = functools.partial(lm.loss, MODEL)
+LOSS = functools.partial(lm.loss, MODEL, AdaptConfig())
 ROWS = 8
 
 
 def make_batch(step):
     """Weights that differ from row to row, so that no two devices have the same share of the tokens."""
     generator = np.random.default_rng(step)
-    tokens = generator.integers(0, 11, (ROWS, 7)).astype(np.int32)
+    tokens = generator.integers(0, 12, (ROWS, 7)).astype(np.int32)
     weights = generator.uniform(0, 1, (ROWS, 6)).astype(np.float32)
     weights[:3] = 0
     row = np.arange(ROWS, dtype=np.int32)
@@ -33,11 +33,11 @@ def make_batch(step):
 def initial_state(layout):
     parameters = init_parameters(MODEL, jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), parameters, OPTIMIZER.init(parameters))
-    return jax.device_put(state, layout.replicated)
+    return jax.device_put(state, layout.shardings(state))
 
 
-def run(strategy, devices, accumulation=1, steps=3):
-    layout = choose_layout(ParallelConfig(strategy, devices, accumulation), ROWS)
+def run(config, steps=3):
+    layout, accumulation = choose_layout(config, ROWS), config.gradient_accumulation
     step = functools.partial(train_step, loss=LOSS, optimizer=OPTIMIZER, seed=5, micro_batches=accumulation)
     program = layout.compile(step, scalars=1, donate=True)
     evaluation = layout.compile(functools.partial(evaluate_step, sums=functools.partial(LOSS, dropout_keys=None)))
@@ -51,16 +51,26 @@ def run(strategy, devices, accumulation=1, steps=3):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return run("single", None)
+    return run(ParallelConfig("single"))
 
 
 @pytest.mark.parametrize(
-    ("strategy", "devices", "accumulation"),
-    [("pmap", 1, 1), ("pmap", 2, 4), ("pmap", 4, 1), ("pmap", 8, 1), ("mesh", 8, 1), ("mesh", 2, 2)],
+    ("config", "devices"),
+    [
+        (ParallelConfig("pmap", 1), 1),
+        (ParallelConfig("pmap", 2, gradient_accumulation=4), 2),
+        (ParallelConfig("pmap", 4), 4),
+        (ParallelConfig("pmap", 8), 8),
+        (ParallelConfig("mesh", 8), 8),
+        (ParallelConfig("mesh", 2, gradient_accumulation=2), 2),
+        (ParallelConfig("mesh", mesh="fsdp=4"), 4),
+        (ParallelConfig("mesh", mesh="tensor=2"), 2),
+        (ParallelConfig("mesh", mesh="data=2,fsdp=2,tensor=2", gradient_accumulation=2), 8),
+    ],
 )
-def test_any_number_of_devices_computes_the_same(on_one_device, strategy, devices, accumulation):
+def test_any_number_of_devices_computes_the_same(on_one_device, config, devices):
     expected, expected_held_out, expected_state = on_one_device
-    seen, held_out, state = run(strategy, devices, accumulation)
+    seen, held_out, state = run(config)
     for ours, theirs in zip(seen, expected, strict=True):
         for name in ("loss", "gradient_norm", "tokens"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
@@ -80,7 +90,8 @@ def test_a_donated_state_is_gone_and_another_is_not(strategy, devices):
 
     batch = {"x": np.ones((ROWS, 2), np.float32)}
     for donate in (True, False):
-        state = jax.device_put({"a": jnp.zeros((4, 4)), "b": jnp.ones(3)}, layout.replicated)
+        state = {"a": jnp.zeros((4, 4)), "b": jnp.ones(3)}
+        state = jax.device_put(state, layout.shardings(state))
         after = layout.compile(step, scalars=1, donate=donate)(state, layout.place(batch), np.float32(2))
         np.testing.assert_array_equal(after["a"], np.full((4, 4), 4 * ROWS))
         assert {leaf.is_deleted() for leaf in jax.tree.leaves(state)} == {donate}
@@ -116,10 +127,24 @@ def test_devices_are_chosen_by_what_divides_the_batch(config, batch_size, strate
         (ParallelConfig(devices=9), 9, "parallel.devices is 9, but there are 8 local devices"),
         (ParallelConfig("pmap"), 12, "data.batch-size 12 does not divide over 8 devices;"),
         (ParallelConfig("mesh", 5), 12, "data.batch-size 12 does not divide over 5 devices;"),
-        (ParallelConfig("pmap", 4, 2), 12, "data.batch-size 12 does not divide over 4 devices x 2 micro-batches"),
+        (ParallelConfig("pmap", 4, None, 2), 12, "data.batch-size 12 does not divide over 4 devices x 2 micro-batches"),
+        (
+            ParallelConfig("mesh", mesh="data=3"),
+            8,
+            "data.batch-size 8 does not divide over the 3 devices of parallel.mesh",
+        ),
+        (
+            ParallelConfig("mesh", mesh="data=2,fsdp=8"),
+            16,
+            "parallel.mesh data=2,fsdp=8 needs 16 devices, but there are 8",
+        ),
         (ParallelConfig("single", 2), 12, "parallel.strategy single runs on one device, not 2"),
-        (ParallelConfig("auto", None, 5), 12, "parallel.gradient-accumulation 5 does not divide data.batch-size 12"),
-        (ParallelConfig("single", None, 5), 12, "parallel.gradient-accumulation 5 does not divide"),
+        (
+            ParallelConfig("auto", None, None, 5),
+            12,
+            "parallel.gradient-accumulation 5 does not divide data.batch-size 12",
+        ),
+        (ParallelConfig("single", None, None, 5), 12, "parallel.gradient-accumulation 5 does not divide"),
     ],
 )
 def test_what_does_not_divide_is_refused(config, batch_size, message):

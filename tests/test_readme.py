@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,12 +12,21 @@ from test_api import model_with
 
 from jaxgpt import api
 from jaxgpt.data.phrases import phrases
+from jaxgpt.data.reviews import reviews
 
-# By whether the run is resumed, and whether it translates.
+NOTHING = subprocess.DEVNULL  # what would be typed
+
+# By a word of the command; the first that is in it counts.
 SMALL = {
-    (False, False): "--model.width 24 --sample-tokens 8",
-    (True, False): "--sample-tokens 8",
-    (False, True): "--model.width 16 --data.vocab-size 300 --data.buckets 2 --validation-sentences 8 --samples 1",
+    "--resume": "--sample-tokens 8",
+    "translate": "--model.width 16 --data.vocab-size 300 --data.buckets 2 --validation-sentences 8 --samples 1",
+    "multi30k": "--model.width 16 --data.vocab-size 300 --data.buckets 2 --validation-sentences 8 --samples 1",
+    "chat --init-from": "--epochs None --validation-answers 2 --samples 1",
+    "train.py chat": "--epochs None --model.width 16 --data.vocab-size 300 --validation-answers 2 --samples 1",
+    "finetune": "--epochs None --samples 1",
+    "sentiment": "--epochs None --model.width 16 --data.vocab-size 300 --samples 1",
+    "--init-from": "--sample-tokens 8",
+    "": "--model.width 24 --sample-tokens 8",
 }
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -32,18 +42,19 @@ def shortened(line):
     line = re.sub(r"\bpython (train|benchmarks)", rf"{sys.executable} \1", line)
     if "train.py" in line:
         steps = 5 if "--resume" in line else 3
-        line = re.sub(r"--steps \d+", "", line) + f" --steps {steps} {SMALL['--resume' in line, of_pairs(line)]}"
+        small = next(flags for word, flags in SMALL.items() if word in line)
+        line = re.sub(r"--steps \d+", "", line) + f" --steps {steps} {small}"
     if "benchmarks/train_step" in line:
         line += " --steps 2"
     if "benchmarks/generate" in line:
         line += " --size tiny --vocab-size 300 --batch 1 --prompt-tokens 4 --new-tokens 4 --rounds 1"
     if "benchmarks/translate" in line:
         line += " --vocab-size 300 --batch-size 8 --steps 1 --sentences 2 --new-tokens 4 --rounds 1"
+    if "benchmarks/attention" in line:
+        line += " --lengths 8 --heads 1 --rounds 1"
+    if "benchmarks/finetune" in line:
+        line += " --size tiny --vocab-size 300 --batch-size 2 --length 8 --steps 1 --rounds 1"
     return line
-
-
-def of_pairs(line):
-    return any(recipe in line for recipe in ("train.py translate", "multi30k"))
 
 
 def stand_in_for_gpt2(hub):
@@ -63,6 +74,18 @@ def write_pairs(folder):
             (folder / f"{name}.{language}").write_text("".join(f"{pair[side]}\n" for pair in part), "utf-8")
 
 
+def write_examples(folder):
+    """Reviews to read, labelled ones, and chats, under the names the tour gives them."""
+    train, dev = reviews()
+    for name, part in (("train", train[:60]), ("dev", dev[:20])):
+        (folder / f"{name}.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in part), "utf-8")
+    (folder / "reviews.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text, _ in train[:900]), "utf-8"
+    )
+    chats = [{"prompt": f"say {number}", "response": str(number)} for number in range(40)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), "utf-8")
+
+
 def test_the_tour_works_as_pasted(tmp_path):
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     for name in ("benchmarks", "jaxgpt", "tests"):
@@ -71,6 +94,7 @@ def test_the_tour_works_as_pasted(tmp_path):
     text.write_text("ROMEO:\n" + text.read_text())  # whom the tour lets speak
     stand_in_for_gpt2(tmp_path / "hub")
     write_pairs(tmp_path)
+    write_examples(tmp_path)
     cache = environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub")}
     cache |= {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
@@ -80,7 +104,9 @@ def test_the_tour_works_as_pasted(tmp_path):
     for line in lines:
         if line.startswith(("curl", "pip")) or "--vs" in line:
             continue  # no network here; the comparison has a test of its own
-        done = subprocess.run(["bash", "-c", shortened(line)], cwd=tmp_path, env=cache, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", shortened(line)], cwd=tmp_path, env=cache, capture_output=True, text=True, stdin=NOTHING
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     for snippet in blocks("python"):
         done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=cache, capture_output=True, text=True)

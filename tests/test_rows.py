@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.models.rows import log_sum_exp, top_k
+from jaxgpt.models.rows import greatest, log_sum_exp, row_sums, sum_of_rows, top_k
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -27,3 +27,11 @@ def test_they_are_equal(seed, dtype):
 def test_one_value_that_is_no_number_makes_the_row_none():
     values = jnp.zeros((2, 1000)).at[1, 777].set(jnp.nan)
     assert np.isnan(log_sum_exp(values))[:, 0].tolist() == [False, True]
+
+
+def test_sums_and_maxima_are_numpys(x64):
+    x = np.random.default_rng(0).normal(size=(3, 37, 19))
+    np.testing.assert_allclose(sum_of_rows(jnp.array(x[0])), x[0].sum(0), atol=1e-12)
+    np.testing.assert_allclose(row_sums(jnp.array(x)), x.sum(-1, keepdims=True), atol=1e-12)
+    for size in range(1, 20):
+        np.testing.assert_array_equal(greatest(jnp.array(x[..., :size])), x[..., :size].max(-1, keepdims=True))

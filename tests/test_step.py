@@ -56,7 +56,7 @@ def test_accumulation_equals_one_batch(x64, micro_batches):
     batch = make_batch()
     keys = row_keys(0, jnp.int32(4), batch["row"])
     whole, parts = (
-        jax.jit(loss_and_gradients, static_argnums=(0, 4))(loss, make_parameters(), batch, keys, count)
+        jax.jit(loss_and_gradients, static_argnums=(0, 5))(loss, make_parameters(), {}, batch, keys, count)
         for count in (1, micro_batches)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), whole, parts)

@@ -41,11 +41,12 @@ def final_state(folder, step):
 
 def test_losses_do_not_depend_on_the_number_of_devices(tmp_path, cache, text):
     """20 steps on one device, on eight, and in micro-batches: within 1e-5 relative, dropout on."""
-    common = f"{SMALL} {DROPOUT} --data.path {text} --steps 20 --quiet"
+    common = f"{SMALL} {DROPOUT} --data.path {text} --steps 20 --quiet --model.vocab-size 258"
     runs = {
         "one": (1, ""),
         "eight": (8, ""),
         "accumulated": (2, "--parallel.gradient-accumulation 4"),
+        "mesh": (8, "--parallel.mesh data=2,fsdp=2,tensor=2"),
     }
     losses = {}
     for name, (devices, flags) in runs.items():

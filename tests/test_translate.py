@@ -55,6 +55,19 @@ def random_sources(seed: int, count: int, longest: int = CONTEXT - 1) -> list[li
     return [rng.integers(0, VOCABULARY - 1, size).tolist() for size in rng.permutation(sizes)]
 
 
+@jax.jit
+def _uncached(model, read, mask, target):
+    hidden = Transformer(MODEL).apply({"params": model}, read, mask, target)
+    return unembed(hidden, output_head(model))
+
+
+def uncached_logits(model, source, said):
+    """Logits (T, V) by the uncached model: it reads the source with its end token, and a target that begins with it."""
+    read, target = (np.zeros((1, CONTEXT), np.int32) for _ in range(2))  # one shape, so that it is compiled once
+    read[0, : len(source) + 1], target[0, : len(said)] = [*source, END], [END, *said[:-1]]
+    return np.array(_uncached(model, read, np.arange(CONTEXT)[None] <= len(source), target))[0, : len(said)]
+
+
 def translations(decoder, model, sources, config=GREEDY, **settings):
     return translate_tokens(decoder, decoding_parameters(model), sources, config, END, **settings)
 
@@ -97,13 +110,9 @@ def test_as_many_translations_as_asked_for_best_first(decoder, model):
 
 
 def test_a_greedy_translation_takes_the_likeliest_token_after_what_it_said(decoder, model):
-    """By the uncached model, which reads the source with its end token and a target that begins with it."""
     sources = random_sources(5, 5)
     for source, (beam,) in zip(sources, translations(decoder, model, sources), strict=True):
-        read = jnp.array([[*source, END]])
-        target = jnp.array([[END, *beam.tokens[:-1]]])
-        hidden = Transformer(MODEL).apply({"params": model}, read, read >= 0, target)
-        logprobs = np.array(jax.nn.log_softmax(unembed(hidden, output_head(model)))[0])
+        logprobs = np.array(jax.nn.log_softmax(uncached_logits(model, source, beam.tokens)))
         assert beam.tokens == tuple(logprobs.argmax(axis=1).tolist())
         np.testing.assert_allclose(beam.logprobs, logprobs.max(axis=1), atol=1e-9)
 
@@ -113,9 +122,7 @@ def test_only_what_was_said_is_not_said_again(decoder, model):
     config, again = dataclasses.replace(GREEDY, no_repeat_ngram=1), 0
     sources = random_sources(7, 12)
     for source, (beam,) in zip(sources, translations(decoder, model, sources, config), strict=True):
-        read, target = jnp.array([[*source, END]]), jnp.array([[END, *beam.tokens[:-1]]])
-        hidden = Transformer(MODEL).apply({"params": model}, read, read >= 0, target)
-        logits = np.array(unembed(hidden, output_head(model))[0])
+        logits = uncached_logits(model, source, beam.tokens)
         for place, token in enumerate(beam.tokens):
             logits[place, list(beam.tokens[:place])] = -np.inf
             assert token == logits[place].argmax()

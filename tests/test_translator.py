@@ -23,6 +23,7 @@ from jaxgpt.config import (
     GPTConfig,
     OptimizerConfig,
     PairsConfig,
+    ParallelConfig,
     TrainConfig,
     TranslationConfig,
     transformer_size,
@@ -43,6 +44,7 @@ def run(tmp_path_factory, compilation_cache):
         model=transformer_size("tiny", **SIZE),
         data=PairsConfig(path=(str(folder / "pairs.tsv"),), vocab_size=300, batch_tokens=256, buckets=2),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.0),
+        parallel=ParallelConfig("single"),
         steps=12,
         eval_interval=4,
         average=2,
@@ -274,6 +276,7 @@ def gpt_run(tmp_path_factory, compilation_cache):
     config = TrainConfig(
         model=GPTConfig(layers=1, heads=1, width=8, context=8),
         data=DataConfig(path=(str(folder / "text.txt"),), tokenizer="byte", cache=str(folder / "cache")),
+        parallel=ParallelConfig("single"),
         steps=1,
         sample_tokens=0,
         out=str(folder / "run"),

@@ -36,16 +36,16 @@ def test_a_damaged_model_does_not(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("what", "check"),
-    [("attend_to_cache", "cached = uncached"), ("masked_self_attention", "causality")],
+    [("attend_to_cache", "cached = uncached"), ("attention", "causality")],
 )
 def test_each_check_sees_what_it_is_for(monkeypatch, what, check):
     """Broken on purpose: a cache that is read wrongly, attention that sees the future."""
     from jaxgpt.models import layers
-    from jaxgpt.models.attention import self_attention
+    from jaxgpt.models.attention import attention
 
     wrong = {
-        "attend_to_cache": lambda query, cache, layer, scale: query,
-        "masked_self_attention": lambda query, key, value, implementation, **more: self_attention(query, key, value),
+        "attend_to_cache": lambda query, cache, layer, **how: query,
+        "attention": lambda query, key, value, **more: attention(query, key, value),
     }
     monkeypatch.setattr(layers, what, wrong[what])
     verify.logits.clear_cache()

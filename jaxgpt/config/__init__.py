@@ -19,27 +19,37 @@ from jaxgpt.config.models import (
     transformer_size,
 )
 from jaxgpt.config.runs import (
-    TASKS,
+    AdaptConfig,
     DataConfig,
+    GPTRunConfig,
+    LoraTarget,
     OptimizerConfig,
-    PairsConfig,
     ParallelConfig,
     RunConfig,
     Strategy,
     TrainConfig,
-    TranslationConfig,
 )
+from jaxgpt.config.tasks import TASKS
+from jaxgpt.config.translation import PairsConfig, TranslationConfig
+from jaxgpt.config.tuning import ChatConfig, ConversationsConfig, ExamplesConfig, FinetuneConfig, TuningTask
 
 __all__ = [
     "TASKS",
     "ActivationName",
+    "AdaptConfig",
     "AttentionName",
     "BlockConfig",
+    "ChatConfig",
+    "ConversationsConfig",
     "DataConfig",
     "Dtype",
+    "ExamplesConfig",
+    "FinetuneConfig",
     "GPTConfig",
+    "GPTRunConfig",
     "GenerationConfig",
     "LengthRule",
+    "LoraTarget",
     "OptimizerConfig",
     "PairsConfig",
     "ParallelConfig",
@@ -48,6 +58,7 @@ __all__ = [
     "TrainConfig",
     "TransformerConfig",
     "TranslationConfig",
+    "TuningTask",
     "flatten",
     "from_dict",
     "gpt_size",

@@ -45,9 +45,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if type(None) in arguments:
         return None if value is None else _convert(arguments[0], value, where)  # X | None
     if origin is tuple:
-        fits = isinstance(value, (list, tuple)) and all(isinstance(item, arguments[0]) for item in value)
-        if fits:
-            return tuple(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(_convert(arguments[0], item, where) for item in value)
+        fits = False
     elif origin is Literal:
         fits = value in arguments
     else:

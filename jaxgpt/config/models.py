@@ -8,8 +8,10 @@ from typing import Any, Literal
 from jaxgpt.config.conversion import require, suggestion
 
 Dtype = Literal["float32", "bfloat16", "float64"]
-AttentionName = Literal["auto", "reference", "blocked"]
-ActivationName = Literal["gelu_new", "gelu", "relu", "silu", "tanh"]
+AttentionName = Literal["auto", "reference", "blocked", "cudnn", "splash"]
+ActivationName = Literal["gelu_new", "gelu", "relu", "silu", "tanh", "relu-squared", "swiglu"]
+PositionsName = Literal["learned", "sinusoidal", "rotary"]
+NormName = Literal["layer", "rms"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class BlockConfig:
     """longest sequence the model can see, in tokens"""
     heads: int = 12
     """N, attention heads a block"""
+    kv_heads: int | None = None
+    """heads of keys and values, each for as many query heads (Ainslie et al. 2023; default: as many as heads)"""
     width: int = 768
     """D, width of the residual stream"""
     hidden: int | None = None
@@ -34,12 +38,19 @@ class BlockConfig:
     """the same for the attention weights alone (default: dropout)"""
     bias: bool = True
     """biases in the dense layers and the layer norms"""
-    positions: Literal["learned", "sinusoidal"] = "learned"
-    """positional encoding: a trained table, or the sinusoids of Vaswani et al. 2017"""
+    positions: PositionsName = "learned"
+    """positional encoding: a trained table, the sinusoids of Vaswani et al. 2017, or rotary (Su et al. 2021)"""
     activation: ActivationName = "gelu_new"
-    """of the feed-forward layer: GELU in its tanh form (gelu_new, as published) or exact (gelu), relu, silu, tanh"""
+    """of the feed-forward layer: GELU in its tanh form (gelu_new, as published) or exact (gelu), relu, silu, tanh,
+    relu-squared (So et al. 2021), swiglu (Shazeer 2020)"""
     norm: Literal["pre", "post"] = "pre"
     """layer norms before each sublayer and at the end (GPT-2), or after each residual sum (the first GPT)"""
+    normalizer: NormName = "layer"
+    """layer norm (Ba et al. 2016), or rms, which neither centres nor has biases (Zhang and Sennrich 2019)"""
+    qk_norm: bool = False
+    """bring each head's queries and keys to unit mean square first (Henry et al. 2020)"""
+    zero_init: bool = False
+    """the last matrix of each sublayer starts at zero, so that blocks start as the identity (Zhang et al. 2019)"""
     scale_attention: bool = True
     """divide attention scores by the root of the head width"""
     scale_attention_by_layer: bool = False
@@ -53,7 +64,7 @@ class BlockConfig:
     compute_dtype: Dtype = "float32"
     """what the layers compute in; losses are always at least float32"""
     attention: AttentionName = "auto"
-    """form of causal attention: the full score matrix, blocks of queries, or the faster for the length"""
+    """how attention is computed: by the full score matrix, blocks of queries, cuDNN, Pallas (TPU), or the best here"""
     remat: bool = False
     """recompute each block in the backward pass: less memory, about a third more time"""
     unroll: int | None = None
@@ -70,8 +81,16 @@ class BlockConfig:
             f"model.heads is {self.heads}, which does not divide model.width {self.width}",
         )
         require(
-            self.positions == "learned" or self.width % 2 == 0,
+            self.kv_heads is None or (self.kv_heads >= 1 and self.heads % self.kv_heads == 0),
+            f"model.kv-heads is {self.kv_heads}, which does not divide model.heads {self.heads}",
+        )
+        require(
+            self.positions != "sinusoidal" or self.width % 2 == 0,
             f"model.width is {self.width}; sinusoidal positions need an even width",
+        )
+        require(
+            self.positions != "rotary" or self.head_width % 2 == 0,
+            f"model.width / model.heads is {self.head_width}; rotary positions need an even head width",
         )
         for name in ("dropout", "embedding_dropout", "attention_dropout"):
             share = getattr(self, name)
@@ -103,10 +122,21 @@ class GPTConfig(BlockConfig):
     """L, number of blocks; residual projections start at init_std / sqrt(2 L)"""
     tied_head: bool = True
     """the output head is the token embedding (Press and Wolf 2017)"""
+    window: int | None = None
+    """each position sees the last so many only, itself among them (Beltagy et al. 2020; default: all)"""
+    scale_embeddings: bool = False
+    """multiply token embeddings by sqrt(D), as Vaswani et al. 2017 do (section 3.4)"""
+    logit_cap: float | None = None
+    """keep logits within +-C, as C tanh(logit / C) (Gemma Team 2024, section 2; default: as they are)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.layers >= 1, f"model.layers is {self.layers}; it must be at least 1")
+        require(
+            self.window is None or self.window >= 1, f"model.window is {self.window}; it must be at least 1, or None"
+        )
+        cap = self.logit_cap
+        require(cap is None or cap > 0, f"model.logit-cap is {cap}; it must be positive, or None")
 
 
 @dataclass(frozen=True)

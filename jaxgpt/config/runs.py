@@ -1,4 +1,4 @@
-"""What a run is made of: data, optimiser, devices, budgets."""
+"""What a run is made of: optimiser, devices, budgets, what it begins with; and the text of a pretraining run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxgpt.config.conversion import require
-from jaxgpt.config.models import BlockConfig, GPTConfig, TransformerConfig
+from jaxgpt.config.models import BlockConfig, GPTConfig
 
 Strategy = Literal["auto", "single", "pmap", "mesh"]
+LoraTarget = Literal["qkv", "out", "up", "down"]
 
 
 @dataclass(frozen=True)
@@ -46,49 +47,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PairsConfig:
-    """Where parallel text comes from, how it becomes tokens, and how many make a batch."""
-
-    path: tuple[str, ...] = ()
-    """two aligned text files, source then target, or one .tsv or .jsonl (default: phrases made by rule)"""
-    validation: tuple[str, ...] = ()
-    """the same for the pairs held out (default: a share of those in path)"""
-    source_field: str = "source"
-    """the field of a .jsonl line that holds the source"""
-    target_field: str = "target"
-    """the field of a .jsonl line that holds the target"""
-    held_out: float = 0.05
-    """share of the pairs held out where no validation is given"""
-    tokenizer: str = "bpe"
-    """bpe (byte-level, one for both sides, trained on them), or the path of a tokenizer.json or its folder"""
-    vocab_size: int = 10_000
-    """tokens of a BPE that is trained on the data"""
-    max_source: int | None = None
-    """pairs with more source tokens are left out, and counted (default: what the model's context has room for)"""
-    max_target: int | None = None
-    """the same for the target"""
-    batch_tokens: int = 4096
-    """target places of one global batch, padding included, whatever the devices: row-multiple sentences at least"""
-    buckets: int = 8
-    """shapes of batches: sentences of about the same length go together, and each shape is compiled once"""
-    row_multiple: int = 8
-    """the sentences of every batch are a multiple of this; devices x micro-batches must divide it"""
-
-    def __post_init__(self) -> None:
-        require(len(self.path) <= 2, f"data.path has {len(self.path)} files; it takes one or two")
-        require(len(self.validation) <= 2, f"data.validation has {len(self.validation)} files; it takes one or two")
-        require(bool(self.path) or not self.validation, "data.validation is given without data.path")
-        require(0.0 < self.held_out < 1.0, f"data.held-out is {self.held_out}; it must be between 0 and 1")
-        require(
-            self.vocab_size >= 257,
-            f"data.vocab-size is {self.vocab_size}; a byte-level BPE has at least 257 (256 bytes and end-of-text)",
-        )
-        for name in ("max_source", "max_target", "batch_tokens", "buckets", "row_multiple"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"data.{name.replace('_', '-')} is {value}; it must be at least 1")
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
     """Clip by global norm, AdamW (or Muon for matrices), warm up, decay."""
 
@@ -104,6 +62,8 @@ class OptimizerConfig:
     """what follows the linear warm-up; noam is inverse-sqrt with learning-rate a factor of 1 / sqrt(width x warm-up)"""
     warmup_steps: int = 100
     """steps from zero to the peak"""
+    warmup_share: float | None = None
+    """the same as a share of the run's steps, instead"""
     decay_share: float = 0.2
     """wsd: the share of the run, at its end, in which the rate falls"""
     beta1: float = 0.9
@@ -114,6 +74,8 @@ class OptimizerConfig:
     """added to the root of the second moment"""
     weight_decay: float = 0.1
     """decoupled decay, on matrices only"""
+    layer_decay: float = 1.0
+    """the learning rate of each layer as a share of that of the layer above it; a task's head has the whole"""
     clip_norm: float | None = 1.0
     """largest global norm of the gradient (None: no clipping)"""
 
@@ -124,6 +86,9 @@ class OptimizerConfig:
         for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer.{name.replace('_', '-')} is {value}; it must not be negative")
+        share = self.warmup_share
+        require(share is None or 0 <= share <= 1, f"optimizer.warmup-share is {share}; it must be in [0, 1]")
+        require(0 < self.layer_decay <= 1, f"optimizer.layer-decay is {self.layer_decay}; it must be in (0, 1]")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} is {value}; it must be in [0, 1)")
@@ -137,14 +102,21 @@ class ParallelConfig:
     """How one step is spread over devices. It changes how long a step takes, not what it computes."""
 
     strategy: Strategy = "auto"
-    """single: one device; pmap: data-parallel jax.pmap; mesh: jit over a mesh; auto: pmap if several devices"""
+    """single: one device; pmap: data-parallel jax.pmap; mesh: jit over a mesh; auto: mesh if one is given, else pmap if
+    several devices"""
     devices: int | None = None
     """how many local devices (default: all that divide the batch)"""
+    mesh: str | None = None
+    """how many devices along each axis of a mesh, as in data=2,fsdp=2,tensor=2 (default, with mesh: all along data)"""
     gradient_accumulation: int = 1
     """micro-batches a device computes one after another for one step"""
 
     def __post_init__(self) -> None:
         require(self.devices is None or self.devices >= 1, f"parallel.devices is {self.devices}; it must be at least 1")
+        require(
+            self.mesh is None or self.strategy in ("auto", "mesh"),
+            f"parallel.mesh is {self.mesh}, but parallel.strategy is {self.strategy}; with that it must be None",
+        )
         steps = self.gradient_accumulation
         require(steps >= 1, f"parallel.gradient-accumulation is {steps}; it must be at least 1")
 
@@ -194,16 +166,81 @@ class RunConfig:
         """What devices x micro-batches must divide: the setting, and its value."""
         raise NotImplementedError
 
+    @property
+    def selection(self) -> tuple[str, bool]:
+        """The held-out figure that decides the best checkpoint, and patience; and whether the highest is the best."""
+        return "eval/loss", False
+
     def saves_at(self, step: int) -> bool:
         """Whether every run with these intervals has a checkpoint of this step, also one that nothing interrupted."""
         return step % self.eval_interval == 0 or bool(self.checkpoint_interval and step % self.checkpoint_interval == 0)
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig):
-    """A pretraining run: a GPT learns to predict text."""
+class AdaptConfig:
+    """Which parameters of a pretrained model change."""
+
+    method: Literal["all", "head", "last", "lora"] = "all"
+    """all; the new head alone; the last layers, final norm and head; or low-rank adapters (Hu et al. 2021) and head"""
+    last_layers: int = 1
+    """last: how many"""
+    rank: int = 8
+    """lora: r, columns of A and rows of B"""
+    alpha: float = 16.0
+    """lora: the product is scaled by alpha / r"""
+    targets: tuple[LoraTarget, ...] = ("qkv",)
+    """lora: the matrices adapted in every block: qkv, out (of the attention), up, down (of the feed-forward layer)"""
+
+    def __post_init__(self) -> None:
+        for name in ("last_layers", "rank"):
+            value = getattr(self, name)
+            require(value >= 1, f"adapt.{name.replace('_', '-')} is {value}; it must be at least 1")
+        require(self.alpha > 0, f"adapt.alpha is {self.alpha}; it must be positive")
+        require(bool(self.targets), "adapt.targets is empty; it must name at least one of qkv, out, up, down")
+        require(
+            len(set(self.targets)) == len(self.targets), f"adapt.targets names one twice: {', '.join(self.targets)}"
+        )
+
+    def check(self, model: GPTConfig) -> None:
+        """Raise `ValueError` if a model has not as many layers as are to be trained."""
+        fits = self.method != "last" or self.last_layers <= model.layers
+        require(fits, f"adapt.last-layers is {self.last_layers}, and the model has {model.layers}")
+
+
+@dataclass(frozen=True)
+class GPTRunConfig(RunConfig):
+    """A run that trains a GPT: from scratch, or from what another has learned."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
+    init_from: str | None = None
+    """begin with this model, its sizes and its tokenizer: a run, a Hugging Face folder, or a name on its hub"""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        method = self.adapt.method
+        scratch = f"adapt.method is {method}, which needs a pretrained model: give --init-from"
+        require(method == "all" or self.init_from is not None, scratch)
+        if self.init_from is None:
+            self.check_fit()
+
+    @property
+    def longest(self) -> tuple[str, int | None]:
+        """The setting that says how long a sequence is, and its value."""
+        raise NotImplementedError
+
+    def check_fit(self) -> None:
+        """Raise `ValueError` unless the model has room for the sequences, and the layers that are to be trained."""
+        self.adapt.check(self.model)
+        name, length = self.longest
+        fits = length is None or length <= self.model.context
+        require(fits, f"{name} is {length}, longer than the model's context of {self.model.context} tokens")
+
+
+@dataclass(frozen=True)
+class TrainConfig(GPTRunConfig):
+    """A pretraining run: a GPT learns to predict text."""
+
     data: DataConfig = field(default_factory=DataConfig)
     sample_tokens: int = 256
     """tokens of the sample at the end; 0 for none"""
@@ -213,15 +250,17 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.sample_tokens >= 0, f"sample-tokens is {self.sample_tokens}; it must not be negative")
-        require(
-            self.sequence_length <= self.model.context,
-            f"data.sequence-length is {self.data.sequence_length}, longer than model.context {self.model.context}",
-        )
+        require(self.adapt.method != "head", "adapt.method is head, and a language model has no head of its own")
 
     @property
     def batch_unit(self) -> tuple[str, int]:
         """The global batch in sequences."""
         return "data.batch-size", self.data.batch_size
+
+    @property
+    def longest(self) -> tuple[str, int | None]:
+        """See `GPTRunConfig.longest`."""
+        return "data.sequence-length", self.data.sequence_length
 
     @property
     def sequence_length(self) -> int:
@@ -232,39 +271,3 @@ class TrainConfig(RunConfig):
     def tokens_per_step(self) -> int:
         """Tokens in one global batch."""
         return self.data.batch_size * self.sequence_length
-
-
-@dataclass(frozen=True)
-class TranslationConfig(RunConfig):
-    """A translation run: an encoder-decoder learns to turn sources into targets."""
-
-    model: TransformerConfig = field(default_factory=TransformerConfig)
-    data: PairsConfig = field(default_factory=PairsConfig)
-    label_smoothing: float = 0.1
-    """share of the target's probability that is spread over the vocabulary (Szegedy et al. 2016)"""
-    validation_sentences: int = 500
-    """held-out sentences translated at each evaluation, greedily, for BLEU and exact match; 0 for none"""
-    samples: int = 4
-    """held-out sentences translated at the end, to be looked at; 0 for none"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        smoothing = self.label_smoothing
-        require(0 <= smoothing < 1, f"label-smoothing is {smoothing}; it must be in [0, 1)")
-        for name in ("validation_sentences", "samples"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name.replace('_', '-')} is {value}; it must not be negative")
-        room = self.model.context - 1  # a place is the start or the end token's
-        for name in ("max_source", "max_target"):
-            value = getattr(self.data, name)
-            shown = f"data.{name.replace('_', '-')} is {value}"
-            require(value is None or value <= room, f"{shown}, more than model.context {self.model.context} less one")
-
-    @property
-    def batch_unit(self) -> tuple[str, int]:
-        """The sentences of every batch are a multiple of this."""
-        return "data.row-multiple", self.data.row_multiple
-
-
-# The kind of config of each task, by the name that stands in a run's config.json.
-TASKS: dict[str, type[RunConfig]] = {"language-modelling": TrainConfig, "translation": TranslationConfig}

@@ -60,7 +60,9 @@ class TokenizedText:
     held_out: TokenStream
 
 
-def prepare(config: DataConfig, say: Callable[[str], None] = lambda line: None) -> TokenizedText:
+def prepare(
+    config: DataConfig, say: Callable[[str], None] = lambda line: None, tokenizer: Tokenizer | None = None
+) -> TokenizedText:
     """Tokenise the text of a config, or find it tokenised already.
 
     The cache folder's name is a digest of the text, the tokenizer asked for and the split: changed text is tokenised
@@ -68,6 +70,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda line: None) 
 
     Args:
         say: told, in a line, about work that takes time.
+        tokenizer: instead of the one that the config names.
 
     Raises:
         FileNotFoundError, PermissionError, ValueError: data that is missing, unreadable, empty, no UTF-8, or whose
@@ -75,10 +78,10 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda line: None) 
         ValueError: a shard in the cache is damaged; it is named.
         OSError: the cache cannot be written; nothing half written is left.
     """
-    given = config.tokenizer not in ("byte", "character", "bpe")
-    if given and not Path(config.tokenizer).exists():
-        raise FileNotFoundError(f"data.tokenizer: {config.tokenizer} is none of byte, character, bpe, and no path")
-    tokenizer = load_tokenizer(config.tokenizer) if given else None
+    if tokenizer is None and config.tokenizer not in ("byte", "character", "bpe"):
+        if not Path(config.tokenizer).exists():
+            raise FileNotFoundError(f"data.tokenizer: {config.tokenizer} is none of byte, character, bpe, and no path")
+        tokenizer = load_tokenizer(config.tokenizer)
     corpus = open_corpus(config)
     split = split_corpus(corpus, config.held_out)
     kind = tokenizer.fingerprint if tokenizer else f"{config.tokenizer} {config.vocab_size} {config.unknown}"

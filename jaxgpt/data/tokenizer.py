@@ -102,6 +102,11 @@ class Tokenizer:
         """Return the text of `ids`; special tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
         return self._rust.decode(list(ids), skip_special_tokens=True)
 
+    def name(self, token: int) -> str:
+        """One token for a person to read: its text, on one line, or its number where it has none."""
+        text = self._rust.decode([token], skip_special_tokens=False)
+        return text.replace("\n", "\\n").replace("\t", "\\t") if text else f"<{token}>"
+
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield the text of `ids` in pieces as they come, a piece only once its characters are whole."""
         pieces = self.pieces()

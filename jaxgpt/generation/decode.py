@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxgpt.config import GenerationConfig, GPTConfig
 from jaxgpt.generation.sampling import Rules, choose_token, rules
 from jaxgpt.models import gpt
-from jaxgpt.models.attention import KVCache
+from jaxgpt.models.cache import KVCache
 
 # (parameters, tokens (B, T), how many of a row's T count (B,), capacity) -> (logits of the next token (B, V), cache)
 Prefill = Callable[[Any, Int[Array, "B T"], Int[Array, " B"], int], tuple[Float[Array, "B V"], KVCache]]

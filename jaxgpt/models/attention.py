@@ -1,4 +1,4 @@
-"""Attention: the reference form, the causal form in blocks, and the key-value cache.
+"""Attention: one function, and the forms it chooses from.
 
 Dimension letters, here and everywhere: B batch, T query length, S key length, N heads, H head width,
 D model width, F hidden width, V vocabulary, L layers.
@@ -6,20 +6,16 @@ D model width, F hidden width, V vocabulary, L layers.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import AttentionName
-
-# Queries a block: measured on CPU, 64 and 256 are slower at every length from 256 to 2,048.
-QUERY_BLOCK = 128
+from jaxgpt.models.blocked_attention import BLOCK, blocked_attention, whole_attention
+from jaxgpt.models.device_attention import cudnn_attention, splash_attention
 
 Scale = float | Float[Array, ""] | None
 
@@ -49,7 +45,111 @@ def causal_mask(queries: int, keys: int, offset: int = 0) -> Bool[Array, "1 1 T 
     return (jnp.arange(keys)[None, :] <= positions[:, None])[None, None]
 
 
-def self_attention(
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N H"],
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    implementation: AttentionName = "auto",
+    scale: Scale = None,
+    dropout_rate: float = 0.0,
+    dropout_keys: Key[Array, " B"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Scaled dot-product attention: softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017, section 3.2.1).
+
+    Args:
+        query, key, value: each head's own part of the width.
+        causal: position t sees positions 0..t (section 3.2.3 there); T = S.
+        window: where it is causal, the last so many of them, t among them (Beltagy et al. 2020).
+        segments: numbers of queries and of keys: a query sees the keys that bear its number. So documents that share a
+            row see only themselves, and nothing sees padding (numbered otherwise). None: everything is seen. What a
+            query gives that sees nothing is not defined: give it no weight in the loss.
+        implementation: "reference", "blocked", "cudnn", "splash" (see `implementations`), or "auto".
+        scale: of the scores instead of 1 / sqrt(H); no gradient flows to it.
+        dropout_rate, dropout_keys: of the weights; which ones go depends on the implementation too.
+
+    Returns:
+        What each query takes of the values, in their dtype. Scores and softmax are computed in at least float32.
+
+    Raises:
+        ValueError: the implementation cannot do what is asked for.
+    """
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    factor = jnp.asarray(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale, dtype)
+    dropped = dropout_rate > 0.0 and dropout_keys is not None
+    if implementation == "auto":
+        lengths = (query.shape[1], key.shape[1])
+        implementation = best_implementation(jax.default_backend(), query.dtype, lengths, query.shape[3], causal)
+        implementation = "blocked" if dropped else implementation
+    if implementation == "reference":
+        mask = visible(query.shape[1], key.shape[1], causal, segments, window)
+        return reference_attention(
+            query, key, value, mask=mask, scale=factor, dropout_rate=dropout_rate, dropout_keys=dropout_keys
+        )
+    if implementation == "blocked":
+        return _blocked(query, key, value, factor, segments, dropout_keys, dropout_rate, causal, window)
+    if dropped:
+        raise ValueError(f"attention {implementation} has no dropout of its weights; blocked has")
+    kernel = {"cudnn": cudnn_attention, "splash": splash_attention}[implementation]
+    return kernel(query, key, value, factor, causal, segments, window)
+
+
+def _blocked(
+    query: Array,
+    key: Array,
+    value: Array,
+    scale: Array,
+    segments: Any,
+    keys: Any,
+    rate: float,
+    causal: bool,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Head by head; long causal ones block by block, made up to whole blocks with what no real position sees."""
+    length = query.shape[1]
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    if not causal or length <= BLOCK:
+        return whole_attention(query, key, value, scale, segments, keys, rate, causal, window).swapaxes(1, 2)
+    beyond = -length % BLOCK
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, beyond), (0, 0))) for x in (query, key, value))
+    if segments is not None:
+        segments = tuple(jnp.pad(x, ((0, 0), (0, beyond)), mode="edge") for x in segments)
+    heads = blocked_attention(query, key, value, scale, segments, keys, rate, window)
+    return heads[:, :, :length].swapaxes(1, 2)
+
+
+def best_implementation(
+    backend: str, dtype: Any, lengths: tuple[int, int], head_width: int, causal: bool
+) -> AttentionName:
+    """The one for this backend, shape (T and S) and dtype: a vendor's kernel where it takes them, otherwise blocked."""
+    if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16):
+        return "cudnn" if head_width % 8 == 0 and head_width <= 128 and not any(n % 2 for n in lengths) else "blocked"
+    if backend == "tpu" and causal:
+        return "splash" if lengths[0] % 128 == 0 and head_width % 64 == 0 else "blocked"
+    return "blocked"
+
+
+def visible(
+    queries: int,
+    keys: int,
+    causal: bool,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
+    window: int | None = None,
+) -> Bool[Array, "#B 1 T S"] | None:
+    """Which keys each query may see, as a mask; None: all."""
+    mask = causal_mask(queries, keys) if causal else None
+    if mask is not None and window is not None:
+        mask = mask & ~causal_mask(queries, keys, -window)
+    if segments is None:
+        return mask
+    same = segments[0][:, None, :, None] == segments[1][:, None, None, :]
+    return same if mask is None else mask & same
+
+
+def reference_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
@@ -59,187 +159,10 @@ def self_attention(
     dropout_rate: float = 0.0,
     dropout_keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Scaled dot-product attention: softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017, section 3.2.1).
-
-    The reference form, with the whole score matrix (B, N, T, S) in memory. Scores and softmax are computed in at least
-    float32. A query whose mask is False everywhere gets the mean of all values: mask such rows in the loss. `scale`
-    multiplies the scores instead of 1 / sqrt(H).
-    """
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=dtype)
-    weights = _weights(scores, query, mask, scale)
+    """The formula as it is written, with the whole score matrix (B, N, T, S) in memory; the others are tested by it."""
+    weights = attention_weights(query, key.swapaxes(1, 2), mask, scale)
     weights = dropout(weights, dropout_rate, dropout_keys)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
-
-
-def _weights(
-    scores: Float[Array, "B N T S"],
-    query: Float[Array, "B T N H"],
-    mask: Bool[Array, "#B #N #T S"] | None,
-    scale: Scale,
-) -> Float[Array, "B N T S"]:
-    """Scores to what each query takes of each value, in the query's dtype."""
-    scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-
-
-def blocked_masked_self_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T N H"],
-    value: Float[Array, "B T N H"],
-    *,
-    scale: Scale = None,
-    dropout_rate: float = 0.0,
-    dropout_keys: Key[Array, " B"] | None = None,
-    block: int = QUERY_BLOCK,
-) -> Float[Array, "B T N H"]:
-    """Causal attention by blocks of queries, each against the keys up to its own end.
-
-    Equal to the reference form with a causal mask, at about half its work and memory: what lies wholly above the
-    diagonal is never computed. (Its dropout draws differ from the reference form's.)
-    """
-    length = query.shape[1]
-    blocks = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        attended = self_attention(
-            query[:, start:stop],
-            key[:, :stop],
-            value[:, :stop],
-            mask=causal_mask(stop - start, stop, start),
-            scale=scale,
-            dropout_rate=dropout_rate,
-            dropout_keys=fold_in(dropout_keys, start),
-        )
-        blocks.append(attended)
-    return jnp.concatenate(blocks, axis=1)
-
-
-def masked_self_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T N H"],
-    value: Float[Array, "B T N H"],
-    *,
-    implementation: AttentionName = "auto",
-    scale: Scale = None,
-    dropout_rate: float = 0.0,
-    dropout_keys: Key[Array, " B"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Causal self-attention: position t sees positions 0..t (Vaswani et al. 2017, section 3.2.3; Radford et al. 2018).
-
-    `implementation`: "reference" (full score matrix), "blocked", or "auto": blocked beyond one block of queries.
-    """
-    length = query.shape[1]
-    if implementation == "blocked" or (implementation == "auto" and length > QUERY_BLOCK):
-        attend = blocked_masked_self_attention
-    else:
-        attend = functools.partial(self_attention, mask=causal_mask(length, length))
-    return attend(query, key, value, scale=scale, dropout_rate=dropout_rate, dropout_keys=dropout_keys)
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far, of every layer, so that decoding computes each token once.
-
-    A pytree that goes into `apply` and comes out new. Each row has a length of its own, so that prompts of different
-    lengths share a batch: what lies beyond a row's length is never looked at, and is overwritten as the row grows. A
-    layer that has seen nothing yet has no arrays (see `empty_cache`). The arrays are one pair a layer, not stacked: of
-    a stacked array XLA would copy a layer's part to read it.
-    """
-
-    key: tuple[Float[Array, "B N S H"], ...]
-    value: tuple[Float[Array, "B N S H"], ...]
-    length: Int[Array, " B"]
-    capacity: int = flax.struct.field(pytree_node=False)
-
-    def has(self, layer: int) -> bool:
-        """Whether `layer` has seen tokens."""
-        return layer < len(self.key)
-
-    def start(self, key: Float[Array, "B T N H"], value: Float[Array, "B T N H"]) -> KVCache:
-        """Add the first tokens of the next layer, of every row, T up to S."""
-        beyond = ((0, 0), (0, 0), (0, self.capacity - key.shape[1]), (0, 0))
-        key, value = (jnp.pad(x.swapaxes(1, 2), beyond) for x in (key, value))
-        return dataclasses.replace(self, key=(*self.key, key), value=(*self.value, value))
-
-    def insert(self, layer: int, key: Float[Array, "B T N H"], value: Float[Array, "B T N H"]) -> KVCache:
-        """Write T new keys and values of one layer at each row's `length`, which moves once all layers have: see `GPT`.
-
-        The caller sees to it that they fit: where they do not, they would overwrite older ones.
-        """
-        key, value = (_write_rows(old[layer], new, self.length) for old, new in ((self.key, key), (self.value, value)))
-        return dataclasses.replace(self, key=_with(self.key, layer, key), value=_with(self.value, layer, value))
-
-    def take(self, rows: Int[Array, " R"], groups: Int[Array, " G"] | None = None) -> KVCache:
-        """Return the cache of these rows, in this order; a row may come several times. Groups change nothing here."""
-        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
-
-
-def empty_cache(batch: int, capacity: int) -> KVCache:
-    """A cache of `batch` rows for up to `capacity` tokens each, before any token."""
-    return KVCache((), (), jnp.zeros(batch, jnp.int32), capacity)
-
-
-@flax.struct.dataclass
-class DecoderCache(KVCache):
-    """The cache of a decoder that also looks at a source: besides its own past, the keys and values of that.
-
-    They are projected once, with the first tokens. G sources may each have several rows (R = G x beams, those of a
-    source side by side): what belongs to a source is kept once.
-    """
-
-    source_key: tuple[Float[Array, "G N source H"], ...]
-    source_value: tuple[Float[Array, "G N source H"], ...]
-    source_mask: Bool[Array, "G source"]
-
-    def has_source(self, layer: int) -> bool:
-        """Whether the keys and values of `layer` are there."""
-        return layer < len(self.source_key)
-
-    def start_source(self, key: Float[Array, "G N source H"], value: Float[Array, "G N source H"]) -> DecoderCache:
-        """Add those of the next layer."""
-        return dataclasses.replace(self, source_key=(*self.source_key, key), source_value=(*self.source_value, value))
-
-    def take(self, rows: Int[Array, " R"], groups: Int[Array, " G"] | None = None) -> DecoderCache:
-        """Return the cache of these rows, in this order; `groups` are their sources, None: the same as before."""
-
-        def taken(tree: Any, places: Int[Array, " n"]) -> Any:
-            return jax.tree.map(lambda x: jnp.take(x, places, axis=0), tree)
-
-        key, value, length = taken((self.key, self.value, self.length), rows)
-        past = dataclasses.replace(self, key=key, value=value, length=length)
-        if groups is None:
-            return past
-        source = taken((self.source_key, self.source_value, self.source_mask), groups)
-        return dataclasses.replace(
-            past, **dict(zip(("source_key", "source_value", "source_mask"), source, strict=True))
-        )
-
-
-def _with(layers: tuple[Array, ...], layer: int, new: Array) -> tuple[Array, ...]:
-    return (*layers[:layer], new, *layers[layer + 1 :])
-
-
-def _write_rows(
-    old: Float[Array, "B N S H"], new: Float[Array, "B T N H"], start: Int[Array, " B"]
-) -> Float[Array, "B N S H"]:
-    new = new.swapaxes(1, 2).astype(old.dtype)
-    zero = jnp.zeros((), start.dtype)  # all indices of one type, also where x64 is on
-    if old.shape[0] == 1:  # one row needs no scatter, which takes a fifth longer
-        return jax.lax.dynamic_update_slice(old, new, (zero, zero, start[0], zero))
-    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (zero, at, zero)))(old, new, start)
-
-
-def attend_to_cache(
-    query: Float[Array, "B T N H"], cache: KVCache, layer: int, *, scale: Scale = None
-) -> Float[Array, "B T N H"]:
-    """Attention of the T newest tokens of each row, already in the cache at its `length`, to all up to themselves."""
-    positions = cache.length[:, None] + jnp.arange(query.shape[1])
-    mask = jnp.arange(cache.capacity) <= positions[:, None, :, None]
-    weights = attention_weights(query, cache.key[layer], mask, scale)
-    return jnp.einsum("BNTS,BNSH->BTNH", weights, cache.value[layer])
 
 
 def attention_weights(
@@ -250,7 +173,11 @@ def attention_weights(
 ) -> Float[Array, "B N T S"]:
     """How much each query takes of each value, of keys that lie head by head, as in a cache: softmax(Q K^T / sqrt(H)).
 
-    Each row of weights adds up to 1.
+    Each row of weights adds up to 1. A query whose mask is False everywhere takes the same of all values.
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    return _weights(jnp.einsum("BTNH,BNSH->BNTS", query, key, preferred_element_type=dtype), query, mask, scale)
+    scores = jnp.einsum("BTNH,BNSH->BNTS", query, key, preferred_element_type=dtype)
+    scores = scores / math.sqrt(query.shape[-1]) if scale is None else scores * scale
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(scores, axis=-1).astype(query.dtype)

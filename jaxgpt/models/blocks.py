@@ -12,8 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import BlockConfig
-from jaxgpt.models.attention import DecoderCache, KVCache, Scale, dropout, fold_in
+from jaxgpt.models.attention import Scale, dropout, fold_in
+from jaxgpt.models.cache import DecoderCache, KVCache
 from jaxgpt.models.layers import MLP, CrossAttention, MultiHeadAttention
+from jaxgpt.models.norms import Norm
+from jaxgpt.models.sharding import constrain
 
 Parameters = Mapping[str, Any]
 
@@ -23,7 +26,7 @@ class Block(nn.Module):
 
     x + attention(norm(x)), then x + mlp(norm(x)); with `norm="post"`, norm(x + ...) instead. Three kinds:
 
-    - of GPT: causal self-attention and the feed-forward layer.
+    - of GPT: causal self-attention, within each of the documents that `segments` numbers, and the feed-forward layer.
     - of an encoder, told by a `mask` without `cross`: the same, and every position sees all that are real.
     - of a decoder (`cross`): causal self-attention, then attention to a `source` whose real positions `mask` names.
 
@@ -34,6 +37,7 @@ class Block(nn.Module):
     config: BlockConfig
     output_std: float | None
     cross: bool = False
+    window: int | None = None
 
     @nn.compact
     def __call__(
@@ -44,6 +48,8 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         source: Float[Array, "G S D"] | None = None,
         mask: Bool[Array, "G S"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         c = self.config
         keys = fold_in(dropout_keys, layer)
@@ -54,15 +60,22 @@ class Block(nn.Module):
         before = c.norm == "pre"
 
         norm = layer_norm(c, "attention_norm")
-        attention = MultiHeadAttention(c.heads, c.bias, *stds, weights_dropout, c.attention, *dtypes, name="attention")
+        attention = MultiHeadAttention(
+            c.heads, c.bias, *stds, weights_dropout, c.attention, c.kv_heads, c.qk_norm, self.window, *dtypes,
+            name="attention",
+        )  # fmt: skip
         own = None if self.cross else mask
-        attended, cache = attention(norm(x) if before else x, cache, layer, fold_in(keys, 0), scale, own)
+        attended, cache = attention(
+            norm(x) if before else x, cache, layer, fold_in(keys, 0), scale, own, segments, positions
+        )
         x = x + dropout(attended, c.dropout, fold_in(keys, 1))
         x = x if before else norm(x)
 
         if self.cross:
             norm = layer_norm(c, "cross_norm")
-            cross = CrossAttention(c.heads, c.bias, *stds, weights_dropout, *dtypes, name="cross_attention")
+            cross = CrossAttention(
+                c.heads, c.bias, *stds, weights_dropout, c.attention, *dtypes, name="cross_attention"
+            )
             past = cast(DecoderCache | None, cache)
             attended, cache = cross(norm(x) if before else x, source, mask, past, layer, fold_in(keys, 3), scale)
             x = x + dropout(attended, c.dropout, fold_in(keys, 4))
@@ -71,7 +84,7 @@ class Block(nn.Module):
         norm = layer_norm(c, "mlp_norm")
         mlp = MLP(c.hidden_width, c.activation, c.bias, *stds, *dtypes, name="mlp")
         x = x + dropout(mlp(norm(x) if before else x), c.dropout, fold_in(keys, 2))
-        return x if before else norm(x), cache
+        return constrain(x if before else norm(x), "batch", "length", "width"), cache
 
 
 def apply_blocks(
@@ -83,9 +96,12 @@ def apply_blocks(
     cache: KVCache | None = None,
     source: Float[Array, "G S D"] | None = None,
     mask: Bool[Array, "G S"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "#B T"] | None = None,
     *,
     cross: bool = False,
     output_std: float | None = None,
+    window: int | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Run a stack of blocks, and the last norm of pre-norm stacks, as submodules of `parent` (see `Block`).
 
@@ -95,28 +111,27 @@ def apply_blocks(
     Raises:
         ValueError: a cache, and parameters not laid out for it.
     """
-    block = (config, output_std, cross)
+    block = (config, output_std, cross, window)
+    x = constrain(x, "batch", "length", "width")
     if parent.has_variable("params", "block_0"):
         for layer in range(layers):
-            x, cache = Block(*block, name=f"block_{layer}")(x, layer, dropout_keys, cache, source, mask)
+            x, cache = Block(*block, name=f"block_{layer}")(
+                x, layer, dropout_keys, cache, source, mask, segments, positions
+            )
     elif cache is None:
         numbers = jnp.arange(layers, dtype=jnp.int32)
-        x, _ = _scan_over_layers(config, layers)(*block, name="blocks")(x, numbers, dropout_keys, None, source, mask)
+        scan = _scan_over_layers(config, layers)(*block, name="blocks")
+        x, _ = scan(x, numbers, dropout_keys, None, source, mask, segments, positions)
     else:
         raise ValueError("with a cache, the parameters must be laid out by decoding_parameters")
     return layer_norm(config, "final_norm")(x) if config.norm == "pre" else x, cache
 
 
-def layer_norm(config: BlockConfig, name: str) -> nn.LayerNorm:
-    """Layer normalisation (Ba et al. 2016); the variance by two passes, which is what PyTorch computes."""
-    return nn.LayerNorm(
-        epsilon=config.norm_epsilon,
-        use_bias=config.bias,
-        use_fast_variance=False,
-        dtype=config.compute_dtype,
-        param_dtype=config.parameter_dtype,
-        name=name,
-    )
+def layer_norm(config: BlockConfig, name: str) -> Norm:
+    """A norm of the stack; root mean square normalisation has no bias."""
+    centred = config.normalizer == "layer"
+    dtypes = (config.parameter_dtype, config.compute_dtype)
+    return Norm(config.norm_epsilon, config.bias and centred, centred, *dtypes, name=name)
 
 
 def attention_scale(config: BlockConfig, layer: int | Int[Array, ""]) -> Scale:
@@ -155,7 +170,7 @@ def _scan_over_layers(config: BlockConfig, layers: int) -> Any:
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, *(nn.broadcast,) * 6),
         length=layers,
         unroll=min(unroll, layers),
     )

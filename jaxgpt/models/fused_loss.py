@@ -11,29 +11,49 @@ from jaxtyping import Array, Float, Int
 
 from jaxgpt.models.losses import smoothed_divergence, smoothing_entropy, unembed
 from jaxgpt.models.rows import greatest
+from jaxgpt.models.sharding import add_up_rows
 
 # Logits computed at a time, at least: the products of fewer rows are slower (measured on CPU, with 10,000 tokens).
 ROWS = 256
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def smoothed_divergence_sums(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     smoothing: float,
+    cap: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sums of what `losses.smoothed_divergence` gives for `unembed(hidden, head)`: (divergence, nll).
+    """Weighted sums of what `losses.smoothed_divergence` gives for `unembed(hidden, head, cap)`: (divergence, nll).
 
     The logits of all positions never exist at once, and where gradients are wanted, they are computed with the loss:
-    the exponentials of the logits are all that they need. No gradient flows through the second sum, a measurement.
+    the exponentials of the logits are all that they need. (Not so with a `cap`: then they are computed twice.) Use the
+    gradient of the first sum only; the second is a measurement.
     """
+
+    def sums(head: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+        if cap is None:
+            return _sums(hidden, head, targets, weights, smoothing)
+        return _sums_of_parts(hidden, head, targets, weights, smoothing, cap)
+
+    return add_up_rows(sums, head, hidden, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _sums(hidden: Array, head: Array, targets: Array, weights: Array, smoothing: float) -> tuple[Array, Array]:
+    return _sums_of_parts(hidden, head, targets, weights, smoothing, None)
+
+
+def _sums_of_parts(
+    hidden: Array, head: Array, targets: Array, weights: Array, smoothing: float, cap: float | None
+) -> tuple[Array, Array]:
     parts = _parts(hidden, targets, weights)
 
+    @jax.checkpoint
     def of_part(sums: Any, part: Any) -> Any:
         hidden, targets, weights = part
-        divergence, nll = smoothed_divergence(unembed(hidden, head), targets, smoothing)
+        divergence, nll = smoothed_divergence(unembed(hidden, head, cap), targets, smoothing)
         return (sums[0] + jnp.sum(divergence * weights), sums[1] + jnp.sum(nll * weights)), None
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
@@ -105,4 +125,4 @@ def _backward(smoothing: float, kept: Any, gradient: tuple[Array, Array]) -> tup
     return (of_hidden * scale).astype(of_hidden.dtype), (of_head * scale).astype(of_head.dtype), None, None
 
 
-smoothed_divergence_sums.defvjp(_forward, _backward)
+_sums.defvjp(_forward, _backward)

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.models.attention import KVCache, empty_cache, fold_in
+from jaxgpt.models.attention import fold_in
 from jaxgpt.models.blocks import Parameters, apply_blocks, decoding_parameters, embedding_dropout, vocab_size
-from jaxgpt.models.layers import PositionalEncoding, initializer
+from jaxgpt.models.cache import KVCache, empty_cache
+from jaxgpt.models.fused_loss import smoothed_divergence_sums
 from jaxgpt.models.losses import unembed
+from jaxgpt.models.positions import PositionalEncoding, TokenEmbedding, initializer
 
 
 class GPT(nn.Module):
@@ -32,6 +34,7 @@ class GPT(nn.Module):
         tokens: Int[Array, "B T"],
         *,
         cache: KVCache | None = None,
+        segments: Int[Array, "B T"] | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Run the model.
@@ -40,6 +43,8 @@ class GPT(nn.Module):
             tokens: ids in [0, V). An id outside gives NaN, never another token's vector.
             cache: what came before `tokens` (see `empty_cache`), with parameters laid out for decoding; without it they
                 start at position 0.
+            segments: numbers of the documents that share a row, side by side: each is computed as it would be alone,
+                from position 0. None: a row is one document.
             dropout_keys: a key for each row; None means deterministic.
 
         Returns:
@@ -55,26 +60,47 @@ class GPT(nn.Module):
             raise ValueError(f"{length} tokens do not fit a context of {limit}")
 
         init = initializer(c.init_std)
-        embedding = nn.Embed(
-            vocab_size(c), c.width, embedding_init=init, param_dtype=c.parameter_dtype, name="token_embedding"
-        )
+        embedding = TokenEmbedding(vocab_size(c), c.width, init, c.parameter_dtype, name="token_embedding")
         if not c.tied_head:
             self.param("head", init, (vocab_size(c), c.width), c.parameter_dtype)
-        encoding = PositionalEncoding(
-            c.context, c.width, c.positions == "learned", c.init_std, c.parameter_dtype, name="position_embedding"
-        )
-        positions = jnp.arange(length)[None]
+        positions = jnp.arange(length)[None] if segments is None else positions_within(segments)
         if cache is not None:
             # What stands beyond the context is padding, where the NaN of a position that is none would spread.
             positions = jnp.minimum(positions + cache.length[:, None], c.context - 1)
-        x = (embedding(tokens) + encoding(positions)).astype(c.compute_dtype)
+        x = embedding(tokens) * (math.sqrt(c.width) if c.scale_embeddings else 1.0)
+        rotated = positions if c.positions == "rotary" else None
+        if rotated is None:
+            learned = c.positions == "learned"
+            x = x + PositionalEncoding(
+                c.context, c.width, learned, c.init_std, c.parameter_dtype, name="position_embedding"
+            )(positions)
+        x = x.astype(c.compute_dtype)
         x = embedding_dropout(c, x, fold_in(dropout_keys, c.layers))
 
         std = c.init_std and c.init_std / math.sqrt(2 * c.layers)  # Radford et al. 2019, section 2.3
-        x, cache = apply_blocks(self, c, c.layers, x, dropout_keys, cache, output_std=std)
+        std = 0.0 if c.zero_init else std
+        x, cache = apply_blocks(
+            self,
+            c,
+            c.layers,
+            x,
+            dropout_keys,
+            cache,
+            segments=segments,
+            positions=rotated,
+            output_std=std,
+            window=c.window,
+        )
         if cache is not None:
             cache = dataclasses.replace(cache, length=cache.length + length)
         return x, cache
+
+
+def positions_within(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The position of each token in its own document, from 0."""
+    places = jnp.arange(segments.shape[1])[None]
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
 def init_parameters(config: GPTConfig, key: Key[Array, ""]) -> Parameters:
@@ -86,6 +112,24 @@ def init_parameters(config: GPTConfig, key: Key[Array, ""]) -> Parameters:
 def output_head(parameters: Parameters) -> Float[Array, "V D"]:
     """The matrix that turns hidden states into logits: the head if there is one, else the token embedding."""
     return parameters["head"] if "head" in parameters else parameters["token_embedding"]["embedding"]
+
+
+def next_token_logits(
+    config: GPTConfig, parameters: Parameters, hidden: Float[Array, "... D"]
+) -> Float[Array, "... V"]:
+    """Logits of what follows each position."""
+    return unembed(hidden, output_head(parameters), config.logit_cap)
+
+
+def next_token_loss(
+    config: GPTConfig,
+    parameters: Parameters,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """Weighted sum of the negative log-likelihood of the targets in nats; the logits never exist all at once."""
+    return smoothed_divergence_sums(hidden, output_head(parameters), targets, weights, 0.0, config.logit_cap)[0]
 
 
 def prefill(
@@ -102,7 +146,7 @@ def prefill(
     cache = empty_cache(tokens.shape[0], capacity)
     hidden, cache = _apply(config, parameters, tokens, cache)
     last = hidden[jnp.arange(len(counts)), counts - 1]
-    return unembed(last, output_head(parameters)), dataclasses.replace(cache, length=counts)
+    return next_token_logits(config, parameters, last), dataclasses.replace(cache, length=counts)
 
 
 def decode_step(
@@ -113,7 +157,7 @@ def decode_step(
     The rows must have room for them in the cache. T > 1 checks guesses: set `length` back to what was right.
     """
     hidden, cache = _apply(config, parameters, tokens, cache)
-    return unembed(hidden, output_head(parameters)), cache
+    return next_token_logits(config, parameters, hidden), cache
 
 
 def _apply(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -12,56 +11,32 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import ActivationName, AttentionName, Dtype
-from jaxgpt.models.attention import (
-    DecoderCache,
-    KVCache,
-    Scale,
-    attend_to_cache,
-    attention_weights,
-    dropout,
-    masked_self_attention,
-    self_attention,
-)
+from jaxgpt.models.attention import Scale, attention, attention_weights, dropout
+from jaxgpt.models.cache import DecoderCache, KVCache, attend_to_cache
+from jaxgpt.models.norms import unit_mean_square
+from jaxgpt.models.positions import initializer, rotary
+from jaxgpt.models.rows import sum_of_rows
 
 
-def sinusoidal_positions(length: int, width: int) -> Float[Array, "T D"]:
-    """Sinusoidal positional encoding (Vaswani et al. 2017, section 3.5).
+@jax.custom_vjp
+def add_bias(x: Float[Array, "M O"], bias: Float[Array, " O"]) -> Float[Array, "M O"]:
+    """x + b for each row. The gradient of b is a product, 1^T G, not the sum that it stands for.
 
-    Row t holds sin(t / 10000^(2i/D)) in column 2i and the cosine of the same angle in column 2i + 1. `width` is even.
+    XLA on CPU fuses a sum with whatever makes G, which is then computed once more: with the gradient of the residual
+    stream, that is every layer behind (a tenth to two thirds of a small model's step, the more the more rows).
     """
-    if width % 2:
-        raise ValueError(f"sinusoidal positions need an even width, not {width}")
-    frequency = jnp.exp(jnp.arange(0, width, 2) * (-math.log(10_000.0) / width))
-    angle = jnp.arange(length)[:, None] * frequency
-    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(length, width)
+    return x + bias.astype(x.dtype)
 
 
-class PositionalEncoding(nn.Module):
-    """Gives each position its vector (D): a trained table of `context` rows, or the fixed sinusoids.
-
-    Learned positions are GPT's (Radford et al. 2018); Vaswani et al. 2017 found both equally good.
-    """
-
-    context: int
-    width: int
-    learned: bool = True
-    init_std: float | None = 0.02
-    parameter_dtype: Dtype = "float32"
-
-    @nn.compact
-    def __call__(self, positions: Int[Array, "*#B T"]) -> Float[Array, "*#B T D"]:
-        if self.learned:
-            table = self.param(
-                "embedding", initializer(self.init_std), (self.context, self.width), self.parameter_dtype
-            )
-        else:
-            table = sinusoidal_positions(self.context, self.width).astype(self.parameter_dtype)
-        return jnp.take(table, positions, axis=0)
+def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
+    return add_bias(x, bias), bias
 
 
-def initializer(std: float | None) -> nn.initializers.Initializer:
-    """Normal with this standard deviation; None: uniform, by the sides of the matrix (Glorot and Bengio 2010)."""
-    return nn.initializers.glorot_uniform() if std is None else nn.initializers.normal(std)
+def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
+    return gradient, sum_of_rows(gradient).astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 class Dense(nn.Module):
@@ -69,7 +44,8 @@ class Dense(nn.Module):
 
     All leading axes are flattened to one first: the gradient of a three-dimensional product makes XLA transpose and
     recompute its neighbours on CPU (a fifth of a small model's step). Where the parameters hold `transposed` (out, in)
-    instead of `kernel`, that is used (see `models.blocks.decoding_parameters`).
+    instead of `kernel`, that is used (see `models.blocks.decoding_parameters`); where they hold `lora_a` (in, r) and
+    `lora_b` (r, out), x A B is added (Hu et al. 2021; see `models.lora`).
     """
 
     features: int
@@ -88,8 +64,12 @@ class Dense(nn.Module):
                 "kernel", initializer(self.init_std), (x.shape[-1], self.features), self.parameter_dtype
             )
             y = flat @ kernel.astype(self.compute_dtype)
+        if self.has_variable("params", "lora_a"):
+            a: Array = self.get_variable("params", "lora_a")
+            b: Array = self.get_variable("params", "lora_b")
+            y = y + flat @ a.astype(self.compute_dtype) @ b.astype(self.compute_dtype)
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.parameter_dtype).astype(y.dtype)
+            y = add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,), self.parameter_dtype))
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -101,8 +81,21 @@ def activation(name: ActivationName) -> Callable[[Float[Array, ...]], Float[Arra
         "relu": jax.nn.relu,
         "silu": jax.nn.silu,
         "tanh": jnp.tanh,
+        "relu-squared": lambda x: jnp.square(jax.nn.relu(x)),
+        "swiglu": _swiglu,
     }
     return functions[name]
+
+
+def _swiglu(x: Float[Array, "... G"]) -> Float[Array, "... F"]:
+    """SiLU of the first half times the second, G = 2 F (Shazeer 2020)."""
+    gate, value = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * value
+
+
+def features_before(name: ActivationName, hidden: int) -> int:
+    """What the first matrix of the feed-forward layer makes, so that its activation gives `hidden`: gates are twice."""
+    return 2 * hidden if name == "swiglu" else hidden
 
 
 class MLP(nn.Module):
@@ -119,7 +112,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dense = partial(Dense, parameter_dtype=self.parameter_dtype, compute_dtype=self.compute_dtype)
-        hidden = dense(self.hidden, self.bias, self.init_std, name="up")(x)
+        hidden = dense(features_before(self.activation, self.hidden), self.bias, self.init_std, name="up")(x)
         return dense(x.shape[-1], self.bias, self.output_std, name="down")(activation(self.activation)(hidden))
 
 
@@ -127,9 +120,13 @@ class MultiHeadAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2) of a sequence to itself.
 
     One product makes queries, keys and values of all heads, (D, 3 D) in the order of GPT-2's `c_attn`; each head
-    attends in its own D / N dimensions; a last product mixes the heads. The width must divide by `heads`.
+    attends in its own D / N dimensions; a last product mixes the heads. The width must divide by `heads`. With
+    `kv_heads` there are fewer of keys and values, (D, D + 2 K H), each for N / K heads of queries. `qk_norm` brings
+    queries and keys to unit mean square; `window` lets each position see the last so many only; `positions` (#B, T),
+    where given, rotate queries and keys (see `positions.rotary`).
 
-    Called with x (B, T, D): causal attention within x; not causal where a `mask` says which of its positions are real.
+    Called with x (B, T, D): causal attention within x, each document for itself where `segments` numbers them (see
+    `masked_self_attention`); not causal where a `mask` says which of its positions are real.
     Called with a cache too: x continues what the cache holds of `layer`, and the cache with x's own keys and values
     added comes back. `scale` multiplies the scores (default: 1 / sqrt(H)).
     """
@@ -140,6 +137,9 @@ class MultiHeadAttention(nn.Module):
     output_std: float | None = 0.02
     dropout: float = 0.0
     implementation: AttentionName = "auto"
+    kv_heads: int | None = None
+    qk_norm: bool = False
+    window: int | None = None
     parameter_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
 
@@ -152,27 +152,41 @@ class MultiHeadAttention(nn.Module):
         dropout_keys: Key[Array, " B"] | None = None,
         scale: Scale = None,
         mask: Bool[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         batch, length, width = x.shape
+        kv_heads = self.kv_heads or self.heads
+        kv_width = width * kv_heads // self.heads
         dense = partial(Dense, parameter_dtype=self.parameter_dtype, compute_dtype=self.compute_dtype)
-        qkv = dense(3 * width, self.bias, self.init_std, name="qkv")(x)
-        query, key, value = (split_heads(part, self.heads) for part in jnp.split(qkv, 3, axis=-1))
-        if mask is not None:
-            heads = self_attention(
-                query, key, value, mask=mask[:, None, None, :], scale=scale, dropout_rate=self.dropout,
-                dropout_keys=dropout_keys,
-            )  # fmt: skip
-        elif cache is not None and isinstance(layer, int) and cache.has(layer):
+        qkv = dense(width + 2 * kv_width, self.bias, self.init_std, name="qkv")(x)
+        parts = jnp.split(qkv, [width, width + kv_width], axis=-1)
+        query, key, value = (
+            split_heads(part, n) for part, n in zip(parts, (self.heads, kv_heads, kv_heads), strict=True)
+        )
+        if self.qk_norm:
+            query, key = unit_mean_square(query), unit_mean_square(key)
+        if positions is not None:
+            query, key = rotary(query, positions), rotary(key, positions)
+        if cache is not None and isinstance(layer, int) and cache.has(layer):
             cache = cache.insert(layer, key, value)
-            heads = attend_to_cache(query, cache, layer, scale=scale)
+            heads = attend_to_cache(query, cache, layer, scale=scale, window=self.window)
         else:
             cache = cache and cache.start(key, value)
-            heads = masked_self_attention(
-                query, key, value, implementation=self.implementation, scale=scale, dropout_rate=self.dropout,
-                dropout_keys=dropout_keys,
+            numbers = (segments, segments) if segments is not None else None if mask is None else everyone_to(mask)
+            key, value = (jnp.repeat(x, self.heads // kv_heads, axis=2) for x in (key, value))
+            heads = attention(
+                query, key, value, causal=mask is None, window=self.window, segments=numbers,
+                implementation=self.implementation, scale=scale, dropout_rate=self.dropout, dropout_keys=dropout_keys,
             )  # fmt: skip
         y = dense(width, self.bias, self.output_std, name="out")(heads.reshape(batch, length, width))
         return y, cache
+
+
+def everyone_to(mask: Bool[Array, "B S"], queries: int | None = None) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """Segments with which each of T queries (default: S) sees the keys that `mask` says are real."""
+    batch, keys = mask.shape
+    return jnp.ones((batch, queries or keys), jnp.int32), mask.astype(jnp.int32)
 
 
 def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T N H"]:
@@ -201,6 +215,7 @@ class CrossAttention(nn.Module):
     init_std: float | None = 0.02
     output_std: float | None = 0.02
     dropout: float = 0.0
+    implementation: AttentionName = "auto"
     parameter_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
 
@@ -226,10 +241,16 @@ class CrossAttention(nn.Module):
             pair = dense(2 * width, self.bias, self.init_std, name="key_value")(source)
             key, value = (split_heads(part, self.heads).swapaxes(1, 2) for part in jnp.split(pair, 2, axis=-1))
             cache = cache and cache.start_source(key, value)
-        # The rows of one source side by side are as many queries to the same keys.
-        together = query.reshape(len(key), -1, *query.shape[2:])
-        weights = attention_weights(together, key, None if mask is None else mask[:, None, None, :], scale)
-        self.sow("intermediates", "weights", weights)
-        weights = dropout(weights, self.dropout, dropout_keys)
-        heads = jnp.einsum("BNTS,BNSH->BTNH", weights, value)
+        if cache is None and not self.is_mutable_collection("intermediates"):
+            numbers = None if mask is None else everyone_to(mask, x.shape[1])
+            heads = attention(
+                query, key.swapaxes(1, 2), value.swapaxes(1, 2), segments=numbers, implementation=self.implementation,
+                scale=scale, dropout_rate=self.dropout, dropout_keys=dropout_keys,
+            )  # fmt: skip
+        else:
+            # The rows of one source side by side are as many queries to the same keys.
+            together = query.reshape(len(key), -1, *query.shape[2:])
+            weights = attention_weights(together, key, None if mask is None else mask[:, None, None, :], scale)
+            self.sow("intermediates", "weights", weights)
+            heads = jnp.einsum("BNTS,BNSH->BTNH", dropout(weights, self.dropout, dropout_keys), value)
         return dense(width, self.bias, self.output_std, name="out")(heads.reshape(x.shape)), cache

@@ -12,8 +12,12 @@ from jaxtyping import Array, Float, Int
 FEW_ROWS = 16
 
 
-def unembed(hidden: Float[Array, "... D"], head: Float[Array, "V D"]) -> Float[Array, "... V"]:
+def unembed(
+    hidden: Float[Array, "... D"], head: Float[Array, "V D"], cap: float | None = None
+) -> Float[Array, "... V"]:
     """Logits over the vocabulary, in at least float32. GPT-2's head is its token embedding, with no scaling.
+
+    With a `cap` C they stay within +-C: C tanh(logit / C) (Gemma Team 2024, section 2).
 
     Separate from the model, because task heads, decoding (last position only) and fused losses need the hidden states.
     """
@@ -24,6 +28,7 @@ def unembed(hidden: Float[Array, "... D"], head: Float[Array, "V D"]) -> Float[A
         logits = jnp.matmul(matrix, flat.T, preferred_element_type=dtype).T
     else:
         logits = jnp.matmul(flat, matrix.T, preferred_element_type=dtype)
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     return logits.reshape(*hidden.shape[:-1], head.shape[0])
 
 

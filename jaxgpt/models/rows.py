@@ -1,4 +1,4 @@
-"""What JAX computes too, but slower on CPU: functions of every row of an array as wide as the vocabulary."""
+"""What JAX computes too, but slower on CPU: functions of the rows of a matrix, most as wide as the vocabulary."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def greatest(logits: Float[Array, "R V"]) -> Float[Array, "R 1"]:
-    """The maximum of each row, in less than half the time of `jnp.max` on CPU; NaN if a logit is."""
-    return _maxima(logits, math.isqrt(logits.shape[-1])).max(axis=-1, keepdims=True)
+def greatest(x: Float[Array, "... V"]) -> Float[Array, "... 1"]:
+    """The maximum of each row, in less than half the time of `jnp.max` on CPU; NaN if one of its numbers is."""
+    width = 1 << (math.isqrt(x.shape[-1]).bit_length() - 1)
+    return _maxima(x.reshape(-1, x.shape[-1]), width).max(axis=-1).reshape(*x.shape[:-1], 1)
 
 
 def log_sum_exp(logits: Float[Array, "R V"]) -> Float[Array, "R 1"]:
@@ -44,3 +45,21 @@ def _maxima(values: Float[Array, "R V"], width: int) -> Float[Array, "R width"]:
     rest = jnp.pad(values[:, whole:], ((0, 0), (0, whole + width - values.shape[-1])), constant_values=-jnp.inf)
     # XLA would make one slow loop of this maximum and the next.
     return jax.lax.optimization_barrier(jnp.maximum(table.max(axis=1), rest))
+
+
+def sum_of_rows(x: Float[Array, "... M O"]) -> Float[Array, " O"]:
+    """The sum over all axes but the last, in at least float32, as the product 1^T X for each of the leading axes.
+
+    The leading axes are not flattened to one: whatever a product reads is written to memory, but XLA on CPU sees that
+    only where no reshape is between, and would make `x` anew for each of its other readers.
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    ones = jnp.ones((*x.shape[:-2], 1, x.shape[-2]), x.dtype)
+    return jnp.sum(
+        jnp.matmul(ones, x, precision="highest", preferred_element_type=dtype), axis=tuple(range(x.ndim - 1))
+    )
+
+
+def row_sums(x: Float[Array, "... D"]) -> Float[Array, "... 1"]:
+    """The sum of each row, in its dtype, as a product: on CPU three times as fast as a sum."""
+    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision="highest")

@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import TransformerConfig
 from jaxgpt.models import blocks
-from jaxgpt.models.attention import DecoderCache, KVCache, fold_in
+from jaxgpt.models.attention import fold_in
 from jaxgpt.models.blocks import Parameters, apply_blocks, embedding_dropout, vocab_size
-from jaxgpt.models.layers import PositionalEncoding
+from jaxgpt.models.cache import DecoderCache, KVCache
 from jaxgpt.models.losses import unembed
+from jaxgpt.models.positions import PositionalEncoding, TokenEmbedding
 
 
 class Transformer(nn.Module):
@@ -32,7 +33,7 @@ class Transformer(nn.Module):
         c = self.config
         # Scaled by sqrt(D) when looked up, so that a token's vector has unit variance and its logits have too.
         init = nn.initializers.normal(c.width**-0.5)
-        self.token_embedding = nn.Embed(vocab_size(c), c.width, embedding_init=init, param_dtype=c.parameter_dtype)
+        self.token_embedding = TokenEmbedding(vocab_size(c), c.width, init, c.parameter_dtype)
         learned = (c.context, c.width, c.positions == "learned", 1.0, c.parameter_dtype)
         self.source_positions, self.target_positions = PositionalEncoding(*learned), PositionalEncoding(*learned)
         self.encoder = Stack(c, c.encoder_layers)
@@ -122,7 +123,16 @@ class Stack(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         c = self.config
         return apply_blocks(
-            self, c, self.layers, x, dropout_keys, cache, source, mask, cross=self.cross, output_std=c.init_std
+            self,
+            c,
+            self.layers,
+            x,
+            dropout_keys,
+            cache,
+            source,
+            mask,
+            cross=self.cross,
+            output_std=0.0 if c.zero_init else c.init_std,
         )
 
 

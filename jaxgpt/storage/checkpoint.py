@@ -15,7 +15,6 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 FORMAT = 1
-METRIC = "eval/loss"
 
 Trees = dict[str, Any]
 
@@ -25,7 +24,7 @@ class DamagedCheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest ones, and the one with the lowest held-out loss.
+    """The checkpoints of one run: the newest ones, and the best one, that with the lowest held-out loss unless told.
 
     A checkpoint is a folder named after its step. It appears under that name only once it is complete, and it carries
     a CRC-32 of every leaf, because Orbax itself does not notice a flipped bit.
@@ -37,19 +36,24 @@ class Checkpoints:
         *,
         keep: int = 1,
         regular: Callable[[int], bool] = lambda step: True,
+        metric: str = "eval/loss",
+        highest: bool = False,
         read_only: bool = False,
     ) -> None:
         """Open or create `folder`, where the `keep` newest stay (see `newest`).
 
         Args:
             regular: whether a step's checkpoint is one that a run without interruptions has too.
+            metric: of what `save` is told, the figure that decides which checkpoint is the best.
+            highest: whether the highest is the best, not the lowest.
             read_only: do not clean up what a running or killed writer left half done.
         """
         policies = ocp.training.preservation_policies
         best = policies.BestN(
-            get_metric_fn=lambda m: m[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda m: m[metric], reverse=not highest, n=1, keep_checkpoints_without_metrics=False
         )
         self.folder, self._regular = folder.absolute(), regular
+        self._metric, self._highest = metric, highest
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.folder,
@@ -67,7 +71,7 @@ class Checkpoints:
 
         Args:
             trees: named pytrees of arrays, each of which can be restored without the others.
-            metrics: what was measured at this step; `eval/loss` decides which checkpoint is the best.
+            metrics: what was measured at this step, the figure that decides which checkpoint is the best among it.
             extra: JSON values that `restore` gives back.
 
         Raises:
@@ -127,25 +131,30 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the lowest held-out loss; without any, the newest; None if there is none."""
+        """Step of the checkpoint that measured best; without any, the newest; None if there is none."""
         self.wait()
-        measured = [c for c in self._checkpointer.checkpoints if c.metrics and METRIC in c.metrics]
+        measured = [c for c in self._checkpointer.checkpoints if c.metrics and self._metric in c.metrics]
         if measured:
-            return min(measured, key=lambda c: c.metrics[METRIC]).step
+            sign = -1.0 if self._highest else 1.0
+            return min(measured, key=lambda c: sign * c.metrics[self._metric]).step
         return self.latest_step
 
-    def restore(self, step: int, shapes: Trees, sharding: jax.sharding.Sharding) -> tuple[Trees, dict[str, Any]]:
+    def restore(self, step: int, shapes: Trees, shardings: Any) -> tuple[Trees, dict[str, Any]]:
         """Read trees of the checkpoint of `step` and check every leaf; return them and the saved `extra`.
 
         Args:
             shapes: the trees wanted, as shapes and dtypes (`jax.eval_shape`), which the files must match.
-            sharding: where the arrays go.
+            shardings: where each array goes: a tree like `shapes`, or a prefix of it, as one sharding is for all.
 
         Raises:
             DamagedCheckpointError: it cannot be read, does not fit `shapes`, or a leaf is not what was saved.
         """
         path = self.folder / str(step)
-        targets = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+        targets = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            jax.tree.broadcast(shardings, shapes),
+        )
         try:
             metadata = self._checkpointer.checkpointables_metadata(step)
             custom = metadata.custom_metadata
@@ -165,7 +174,7 @@ class Checkpoints:
                 )
         return trees, extra
 
-    def restore_average(self, count: int, shapes: Any, sharding: jax.sharding.Sharding) -> tuple[Any, int]:
+    def restore_average(self, count: int, shapes: Any, shardings: Any) -> tuple[Any, int]:
         """Read the parameters of the `count` newest checkpoints (see `newest`); return their mean and how many.
 
         Averaging what a run ends in is worth some noise of its last steps (Vaswani et al. 2017, section 6.1). At least
@@ -174,7 +183,7 @@ class Checkpoints:
         steps = self.newest(count)
         total: Any = None
         for step in steps:
-            parameters = self.restore(step, {"parameters": shapes}, sharding)[0]["parameters"]
+            parameters = self.restore(step, {"parameters": shapes}, {"parameters": shardings})[0]["parameters"]
             wide = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), parameters)
             total = wide if total is None else jax.tree.map(jnp.add, total, wide)
         return jax.tree.map(lambda leaf, shape: (leaf / len(steps)).astype(shape.dtype), total, shapes), len(steps)

@@ -115,6 +115,10 @@ def config_to_hf(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
     first = config.norm == "post"
     _refuse(config.positions != "learned", "model.positions", config.positions)
     _refuse(config.vocab_size is None, "model.vocab-size", None)
+    for name in ("normalizer", "qk_norm", "kv_heads", "window", "scale_embeddings", "logit_cap"):
+        value = getattr(config, name)
+        _refuse(value != getattr(GPTConfig(), name), f"model.{name.replace('_', '-')}", value)
+    _refuse(config.activation in ("relu-squared", "swiglu"), "model.activation", config.activation)
     if first:
         _refuse(config.hidden_width != 4 * config.width, "model.hidden", config.hidden, "with model.norm post")
         _refuse(not config.tied_head, "model.tied-head", False, "with model.norm post")

@@ -40,7 +40,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: `step`, `train/loss`, `eval/loss`, `tokens_per_second`, `seconds`, ..."""
+        """One JSON object a line: `step`, `train/loss`, `eval/loss`, `tokens_per_second` (of a head examples), ..."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -158,7 +158,7 @@ class RunFolder:
         if held_out[0]:
             label = f"held-out, lowest {min(held_out[1]):.3f}"
             axes.plot(*held_out, color="tab:orange", marker="o", markersize=4, label=label)
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=self.path.name)
+        axes.set(xlabel="step", ylabel="loss (nats)", title=self.path.name)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
         temporary = self.curves.with_name(".curves.png")

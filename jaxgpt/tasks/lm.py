@@ -9,26 +9,33 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from jaxgpt.config import GenerationConfig, GPTConfig, TrainConfig
+from jaxgpt.config import AdaptConfig, GenerationConfig, GPTConfig, TrainConfig
 from jaxgpt.data import shards as data
 from jaxgpt.data.batches import WindowBatches, check_length, evaluation_batches, prefetch
 from jaxgpt.data.shards import TokenizedText
 from jaxgpt.generation.decode import Text, gpt_decoder
 from jaxgpt.generation.text import Writer, write
 from jaxgpt.models.blocks import Parameters, decoding_parameters, vocab_size
-from jaxgpt.models.gpt import GPT, init_parameters, output_head
-from jaxgpt.models.losses import cross_entropy, unembed
-from jaxgpt.tasks.preparation import Prepared, with_vocabulary
+from jaxgpt.models.gpt import GPT, next_token_loss
+from jaxgpt.models.lora import attach, fold
+from jaxgpt.tasks import initial
+from jaxgpt.tasks.preparation import Prepared, absolute, adopted, base_tokenizer, with_vocabulary
+from jaxgpt.tasks.trained import fingerprint, load_pretrained
 from jaxgpt.training import metrics
-from jaxgpt.training.parallel import Layout
+from jaxgpt.training.parallel import Layout, on_one_device
 from jaxgpt.training.step import Batch, EvaluationSums, Loss
 
 
 def loss(
-    config: GPTConfig, parameters: Parameters, batch: Batch, dropout_keys: Key[Array, " B"] | None = None
+    config: GPTConfig,
+    adapt: AdaptConfig,
+    parameters: Parameters,
+    batch: Batch,
+    dropout_keys: Key[Array, " B"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Negative log-likelihood of the targets: (sum in nats, sum of the weights).
 
@@ -36,15 +43,17 @@ def loss(
         batch: `tokens`, `targets` (B, T) and `weights` (B, T): 1 where the target counts.
         dropout_keys: a key for each row; None for evaluation.
     """
-    hidden, _ = GPT(config).apply({"params": parameters}, batch["tokens"], dropout_keys=dropout_keys)
-    return cross_entropy(unembed(hidden, output_head(parameters)), batch["targets"], batch["weights"])
+    variables = {"params": attach(parameters, adapt)}
+    hidden, _ = GPT(config).apply(variables, batch["tokens"], dropout_keys=dropout_keys)
+    nll = next_token_loss(config, parameters, hidden, batch["targets"], batch["weights"])
+    return nll, jnp.sum(batch["weights"])
 
 
 class LanguageModelling:
     """The task of pretraining: windows of running text, next-token loss, bits per byte (see `training.loop.Task`)."""
 
-    def __init__(self, config: TrainConfig, text: TokenizedText) -> None:
-        """`config.model.vocab_size` is set, and at least the tokenizer's.
+    def __init__(self, config: TrainConfig, text: TokenizedText, base: Parameters | None = None) -> None:
+        """`config.model.vocab_size` is set, and at least the tokenizer's; `base` is what `init_from` names.
 
         Raises:
             ValueError: a split of the text is shorter than one sequence.
@@ -57,18 +66,18 @@ class LanguageModelling:
         # As many sequences at once as a training step computes at once, so that what fits there fits here.
         at_once = size // config.parallel.gradient_accumulation
         self.evaluation_batches = functools.partial(evaluation_batches, text.held_out, length, at_once)
-        self.init = functools.partial(init_parameters, config.model)
-        self.loss: Loss = functools.partial(loss, config.model)
-        self.evaluation_sums: EvaluationSums = functools.partial(loss, config.model)
-        self.width = config.model.width
+        self.init = functools.partial(initial.separated, config, base=base)
+        self.loss: Loss = functools.partial(loss, config.model, config.adapt)
+        self.evaluation_sums: EvaluationSums = functools.partial(loss, config.model, config.adapt)
+        self.width, self.unit = config.model.width, "tokens"
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
         return prefetch(self._windows.batch, start, stop)
 
-    def evaluation_metrics(self, sums: Sequence[float], parameters: Parameters) -> dict[str, float]:
+    def evaluation_metrics(self, sums: Sequence[np.ndarray], parameters: Parameters) -> dict[str, float]:
         """Loss (nats a token), perplexity, and bits per byte of the held-out text, which no tokenizer can flatter."""
-        loss_sum, weight = sums
+        loss_sum, weight = map(float, sums)
         mean = loss_sum / weight
         tokens_per_byte = len(self._text.held_out) / self._text.held_out.bytes
         return {
@@ -84,7 +93,8 @@ class LanguageModelling:
         tokenizer, model, prompt = self._text.tokenizer, self._config.model, self._config.sample_prompt or ""
         first = self._prompt_ids(prompt)
         text = Text(first, len(first), self._config.sample_tokens)
-        local = jax.jit(decoding_parameters)(jax.tree.map(lambda x: x.addressable_data(0), parameters))
+        whole = fold(on_one_device(parameters), self._config.adapt)
+        local = jax.jit(decoding_parameters)(whole)
         settings = GenerationConfig(seed=self._config.seed)
         steps = gpt_decoder(model).decode(local, [text], settings, [tokenizer.separator])
         yield prompt
@@ -107,24 +117,33 @@ def prepare(config: TrainConfig, say: Callable[[str], None]) -> Prepared:
     Raises:
         ValueError, FileNotFoundError: what is wrong with the data, or does not fit it.
     """
-    text = data.prepare(config.data, say)
-    size = with_vocabulary(config.model.vocab_size, text.tokenizer)
+    base = None if config.init_from is None else load_pretrained(config.init_from)
+    given = None if base is None else base_tokenizer(config.data.tokenizer, base)
+    text = data.prepare(config.data, say, given)
+    model = adopted(config.model, base)
+    size = with_vocabulary(model.vocab_size, text.tokenizer)
     paths = tuple(path if path == "-" else os.path.abspath(path) for path in config.data.path)
     named = config.data.tokenizer in ("byte", "character", "bpe")
     tokenizer = config.data.tokenizer if named else os.path.abspath(config.data.tokenizer)
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, vocab_size=size),
+        model=dataclasses.replace(model, vocab_size=size),
+        init_from=absolute(config.init_from),
         data=dataclasses.replace(config.data, path=paths, tokenizer=tokenizer),
     )
-    task = LanguageModelling(config, text)
-    return Prepared(task, config, text.tokenizer, text.fingerprint, functools.partial(_announcement, config, text))
+    config.check_fit()
+    begin = None if base is None else base.parameters
+    task = LanguageModelling(config, text, begin)
+    digest = None if begin is None else fingerprint(begin)
+    data_digest = text.fingerprint if digest is None else f"{text.fingerprint} {digest}"
+    announcement = functools.partial(_announcement, config, text)
+    return Prepared(task, config, text.tokenizer, data_digest, announcement, base=digest)
 
 
 def _announcement(config: TrainConfig, text: TokenizedText, layout: Layout) -> Iterator[str]:
     """What will be trained, on what, where, and about how much memory it takes."""
     model, devices = config.model, len(layout.devices)
-    shapes = jax.eval_shape(functools.partial(init_parameters, model), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: initial.separated(config, jax.random.key(0), None)[0])
     count = metrics.count_parameters(shapes)
     memory = metrics.estimate_training_bytes(config, count, vocab_size(model), devices)
     yield (

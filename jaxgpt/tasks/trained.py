@@ -1,77 +1,253 @@
-"""A trained run read back from its folder: config, parameters and tokenizer."""
+"""Models read back: a trained run from its folder, or a published GPT; each with its config and tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import hashlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from jaxgpt.config import Dtype, RunConfig, TrainConfig, TranslationConfig
+from jaxgpt.config import (
+    AdaptConfig,
+    ChatConfig,
+    Dtype,
+    FinetuneConfig,
+    GPTConfig,
+    GPTRunConfig,
+    RunConfig,
+    TrainConfig,
+    TransformerConfig,
+    TranslationConfig,
+)
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.models import gpt, transformer
 from jaxgpt.models.blocks import Parameters
-from jaxgpt.storage.checkpoint import Checkpoints
+from jaxgpt.models.lora import ADAPTER, fold
+from jaxgpt.models.partition import combine
+from jaxgpt.storage import adapters
+from jaxgpt.storage.checkpoint import Checkpoints, by_path
+from jaxgpt.storage.hub import find_model
+from jaxgpt.storage.huggingface import config_from_hf
 from jaxgpt.storage.runs import RunFolder
+from jaxgpt.storage.weights import fitting_config, open_weights, read_json, read_parameters
+from jaxgpt.tasks import initial
 
 Which = Literal["best", "last", "average"]
 Config = TypeVar("Config", bound=RunConfig)
-INIT: dict[type[RunConfig], Callable[[Any, jax.Array], Parameters]] = {
-    TrainConfig: gpt.init_parameters,
-    TranslationConfig: transformer.init_parameters,
-}
 # What uses a run, which stands for {}.
 COMMANDS: dict[type[RunConfig], str] = {
     TrainConfig: "jaxgpt generate --model {} --prompt TEXT",
     TranslationConfig: "jaxgpt translate --model {}",
+    FinetuneConfig: "jaxgpt classify --model {} --text TEXT",
+    ChatConfig: "jaxgpt chat --model {}",
 }
 
 
 @dataclass(frozen=True)
 class Trained(Generic[Config]):
-    """What a run made."""
+    """What a run made; adapters are folded into the weights."""
 
     config: Config
     parameters: Parameters
     tokenizer: Tokenizer
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """A GPT to use or to begin with."""
+
+    config: GPTConfig
+    parameters: Parameters
+    tokenizer: Tokenizer
+    stop_tokens: tuple[int, ...]
+    """ids that end a text"""
+
+
 def load_trained(
-    run: RunFolder, kind: type[Config], checkpoint: Which | None = None, dtype: Dtype | None = None
+    run: RunFolder,
+    kind: type[Config],
+    checkpoint: Which | None = None,
+    dtype: Dtype | None = None,
+    base: str | None = None,
 ) -> Trained[Config]:
-    """Read a run of the task that `kind` is the config of.
+    """Read a run of a task that `kind` is the config of.
 
     Args:
-        checkpoint: the one with the lowest held-out loss, the newest, or the mean of the newest (default: the mean if
-            the run was to average several, else the best).
+        checkpoint: the one that measured best, the newest, or the mean of the newest (default: the mean if the run was
+            to average several, else the best).
         dtype: what the parameters become and what is computed in (default: the run's own).
+        base: of a run that trained a part of a pretrained model alone, where that model lies (default: where it did).
 
     Raises:
-        FileNotFoundError: no run, or no checkpoint yet.
-        ValueError: a run of another task, or a damaged file.
+        FileNotFoundError: no run, no checkpoint yet, or the model that it began with is gone.
+        ValueError: a run of another task, a damaged file, or another base than the run's.
     """
     config = run.saved_config()
     if not isinstance(config, kind):
         use = COMMANDS[type(config)].format(run.path)
         raise ValueError(f"{run.path} is a run of another task, {run.describe()['task']}; what uses it is: {use}")
-    checkpoints = Checkpoints(run.checkpoints, regular=config.saves_at, read_only=True)
+    parameters = _read_trained(config, run, checkpoint)
+    own: RunConfig = config
+    if isinstance(own, GPTRunConfig):
+        if initial.needs_base(own):
+            start = load_base(run, base).parameters
+            parameters = combine(parameters, initial.separated(own, jax.random.key(own.seed), start)[1])
+        parameters = fold(parameters, own.adapt)
+    if dtype is not None:
+        model: Any = dataclasses.replace(config.model, parameter_dtype=dtype, compute_dtype=dtype)
+        config = dataclasses.replace(config, model=model)
+        parameters = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
+    return Trained(config, parameters, load_tokenizer(run.tokenizer))
+
+
+def _read_trained(config: RunConfig, run: RunFolder, checkpoint: Which | None) -> Parameters:
+    """The parameters that a run trained, from one of its checkpoints or several."""
+    metric, highest = config.selection
+    checkpoints = Checkpoints(run.checkpoints, regular=config.saves_at, metric=metric, highest=highest, read_only=True)
     if checkpoints.latest_step is None:
         raise FileNotFoundError(f"{run.path} has no checkpoint yet")
-    shapes = jax.eval_shape(functools.partial(INIT[type(config)], config.model), jax.random.key(0))
+    shapes: Parameters
+    if isinstance(config, GPTRunConfig):
+        shapes = jax.eval_shape(lambda: initial.separated(config, jax.random.key(0), None)[0])
+    else:
+        assert isinstance(config.model, TransformerConfig)
+        shapes = jax.eval_shape(functools.partial(transformer.init_parameters, config.model), jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     checkpoint = checkpoint or ("average" if config.average > 1 else "best")
     if checkpoint == "average":
-        parameters, _ = checkpoints.restore_average(config.average, shapes, device)
-    else:
-        step = checkpoints.latest_step if checkpoint == "last" else checkpoints.best_step
-        assert step is not None
-        parameters = checkpoints.restore(step, {"parameters": shapes}, device)[0]["parameters"]
-    if dtype is not None:
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, parameter_dtype=dtype, compute_dtype=dtype)
+        return checkpoints.restore_average(config.average, shapes, device)[0]
+    step = checkpoints.latest_step if checkpoint == "last" else checkpoints.best_step
+    assert step is not None
+    return checkpoints.restore(step, {"parameters": shapes}, device)[0]["parameters"]
+
+
+def load_base(run: RunFolder, path: str | None = None) -> Pretrained:
+    """The model that a run began with, which must be the very one.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        ValueError: what lies there is another.
+    """
+    config, wanted = run.saved_config(), run.describe().get("base")
+    assert isinstance(config, GPTRunConfig) and config.init_from is not None
+    where = path or config.init_from
+    try:
+        base = load_pretrained(where)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{run.path} holds what was trained of {config.init_from}, and not the rest: {error}; give --base PATH"
+        ) from error
+    found = fingerprint(base.parameters)
+    if found != wanted:
+        raise ValueError(
+            f"{run.path} was trained on another model than {where}: the base has the fingerprint {str(wanted)[:12]}, "
+            f"and that one {found[:12]}"
         )
-        parameters = jax.tree.map(lambda leaf: leaf.astype(dtype), parameters)
-    return Trained(config, parameters, load_tokenizer(run.tokenizer))
+    return base
+
+
+def fingerprint(parameters: Parameters) -> str:
+    """A digest of a model's parameters, their names and shapes."""
+    whole = hashlib.sha256()
+    for name, leaf in sorted(by_path(parameters).items()):
+        array = np.ascontiguousarray(leaf)
+        whole.update(f"{name} {array.shape} {array.dtype} ".encode())
+        whole.update(array.reshape(-1).view(np.uint8).data)
+    return whole.hexdigest()
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    checkpoint: Which | None = None,
+    revision: str | None = None,
+    dtype: Dtype | None = None,
+    base: str | None = None,
+) -> Pretrained:
+    """Load a GPT: a run folder, a Hugging Face folder, or a name on its hub. See `api.load`."""
+    folder = find_model(os.fspath(path), revision)
+    if (folder / adapters.CONFIG).is_file():
+        return _load_adapted(folder, dtype, base)
+    if not RunFolder(folder).exists():
+        raise FileNotFoundError(f"{folder} is neither a run nor a model: it has no config.json")
+    described = read_json(folder / "config.json")
+    if "model_type" not in described and "format" not in described:
+        raise ValueError(f"{folder / 'config.json'} names no model_type, as a model's would, and is not a run's either")
+    if "model_type" in described:
+        return _load_published(folder, described, dtype or "float32")
+    run = RunFolder(folder)
+    kind: type[GPTRunConfig] = ChatConfig if isinstance(run.saved_config(), ChatConfig) else TrainConfig
+    trained = load_trained(run, kind, checkpoint, dtype, base)
+    return Pretrained(trained.config.model, trained.parameters, trained.tokenizer, (trained.tokenizer.separator,))
+
+
+def _load_adapted(folder: Path, dtype: Dtype | None, base: str | None) -> Pretrained:
+    """A model with the adapter of a folder folded in."""
+    adapt, leaves, named, wanted = adapters.read_adapter(folder)
+    found = load_pretrained(base or named, dtype=dtype)
+    digest = fingerprint(found.parameters)
+    if wanted is not None and dtype is None and digest != wanted:
+        raise ValueError(
+            f"the adapter in {folder} is for another model than {base or named}: its base has the fingerprint "
+            f"{wanted[:12]}, and that one {digest[:12]}"
+        )
+    shapes = by_path(initial.adapter_shapes(found.config, adapt))
+    for name, leaf in leaves.items():
+        if name not in shapes or leaf.shape != shapes[name].shape:
+            raise ValueError(f"the adapter in {folder} does not fit {base or named}: {name} is {leaf.shape} in it")
+    adapter = flax.traverse_util.unflatten_dict({name: jnp.asarray(leaf) for name, leaf in leaves.items()}, sep="/")
+    return dataclasses.replace(found, parameters=fold({**found.parameters, ADAPTER: adapter}, adapt))
+
+
+def load_adapter(run: RunFolder, checkpoint: Which | None = None) -> tuple[AdaptConfig, Parameters, str, str]:
+    """The adapter that a run trained: its settings, its leaves, where its base lies, and that one's fingerprint.
+
+    Raises:
+        FileNotFoundError, ValueError: no such run, or one that trained no adapter.
+    """
+    config = run.saved_config()
+    if not isinstance(config, (TrainConfig, ChatConfig)) or config.adapt.method != "lora":
+        raise ValueError(f"{run.path} has no adapter of its own: it was not trained with --adapt.method lora")
+    assert config.init_from is not None
+    trained = _read_trained(config, run, checkpoint)
+    return config.adapt, trained[ADAPTER], config.init_from, run.describe()["base"]
+
+
+def _load_published(folder: Path, values: dict[str, Any], dtype: Dtype) -> Pretrained:
+    config = config_from_hf(values, where=str(folder / "config.json"))
+    config = dataclasses.replace(config, parameter_dtype=dtype, compute_dtype=dtype)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > (config.vocab_size or 0):
+        raise ValueError(
+            f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, and the embedding only "
+            f"{config.vocab_size} rows"
+        )
+    tensors = open_weights(folder)
+    config = fitting_config(tensors, config)
+    whole = jax.eval_shape(functools.partial(gpt.init_parameters, config), jax.random.key(0))
+    shapes = {name: leaf.shape for name, leaf in by_path(whole).items()}
+    place = functools.partial(jax.device_put, device=jax.local_devices()[0])
+    leaves = read_parameters(tensors, config, shapes, jnp.dtype(dtype), place)
+    parameters = flax.traverse_util.unflatten_dict(leaves, sep="/")
+    return Pretrained(config, parameters, tokenizer, _published_stop_tokens(folder, values, tokenizer))
+
+
+def _published_stop_tokens(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end-of-text tokens that the folder names for generation; else the tokenizer's."""
+    generation = folder / "generation_config.json"
+    named = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    named = values.get("eos_token_id") if named is None else named
+    if named is None:
+        named = [] if tokenizer.end_of_text is None else tokenizer.end_of_text
+    stops = named if isinstance(named, list) else [named]
+    size = values.get("vocab_size", tokenizer.vocab_size)
+    if not all(isinstance(token, int) and 0 <= token < size for token in stops):
+        raise ValueError(f"eos_token_id in {folder} is {named!r}; it must be an id of the {size} tokens, or several")
+    return tuple(stops)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -17,17 +16,18 @@ from jaxtyping import Array, Float, Key
 
 from jaxgpt.config import GenerationConfig, TransformerConfig, TranslationConfig
 from jaxgpt.data.batches import prefetch
-from jaxgpt.data.pair_batches import PairBatches, choose_bounds, pair_lengths
+from jaxgpt.data.buckets import choose_bounds
+from jaxgpt.data.pair_batches import PairBatches, pair_lengths
 from jaxgpt.data.pairs import Dropped, EncodedPairs, encode_pairs, joint_tokenizer, open_pairs
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.generation.translate import translate_tokens, translation_decoder
 from jaxgpt.models.blocks import Parameters
 from jaxgpt.models.fused_loss import smoothed_divergence_sums
 from jaxgpt.models.transformer import Transformer, decoding_parameters, init_parameters, output_head
-from jaxgpt.tasks.preparation import Prepared, with_vocabulary
+from jaxgpt.tasks.preparation import Prepared, located, with_vocabulary
 from jaxgpt.tasks.scores import bleu, exact_match
 from jaxgpt.training.metrics import count_parameters
-from jaxgpt.training.parallel import Layout
+from jaxgpt.training.parallel import Layout, on_one_device
 from jaxgpt.training.step import Batch, EvaluationSums, Loss
 
 GREEDY = GenerationConfig(beams=1, early_stopping="true")
@@ -67,6 +67,10 @@ def loss(
     return divergence, weight
 
 
+def _init(config: TransformerConfig, key: Key[Array, ""]) -> tuple[Parameters, Parameters]:
+    return init_parameters(config, key), {}
+
+
 class Translation:
     """The task of translation: bucketed pairs, label smoothing, BLEU (see `training.loop.Task`)."""
 
@@ -83,18 +87,18 @@ class Translation:
         self._held_out_pairs = PairBatches(held_out, end, bounds, at_once, data.row_multiple, config.seed)
         self._decoder = translation_decoder(config.model, end)
         self.evaluation_batches = self._held_out_pairs.in_order
-        self.init = functools.partial(init_parameters, config.model)
+        self.init = functools.partial(_init, config.model)
         self.evaluation_sums: EvaluationSums = functools.partial(sums, config.model, config.label_smoothing)
         self.loss: Loss = functools.partial(loss, config.model, config.label_smoothing)
-        self.width = config.model.width
+        self.width, self.unit = config.model.width, "tokens"
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
         return prefetch(self.pairs.batch, start, stop)
 
-    def evaluation_metrics(self, sums: Sequence[float], parameters: Parameters) -> dict[str, float]:
+    def evaluation_metrics(self, sums: Sequence[np.ndarray], parameters: Parameters) -> dict[str, float]:
         """Smoothed loss, perplexity (unsmoothed), and what greedy translations of held-out sentences are worth."""
-        divergence, weight, nll = sums
+        divergence, weight, nll = map(float, sums)
         measured = {"eval/loss": divergence / weight, "eval/perplexity": math.exp(min(nll / weight, 700.0))}
         count = min(self._config.validation_sentences, len(self._held_out))
         if count:
@@ -113,7 +117,7 @@ class Translation:
             yield f"source     {source}\nmodel      {text}\nreference  {target}\n\n"
 
     def _translate(self, parameters: Parameters, sources: Sequence[np.ndarray]) -> list[str]:
-        local = jax.jit(decoding_parameters)(jax.tree.map(lambda x: x.addressable_data(0), parameters))
+        local = jax.jit(decoding_parameters)(on_one_device(parameters))
         end = self._tokenizer.separator
         found = translate_tokens(self._decoder, local, [source.tolist() for source in sources], GREEDY, end)
         return [self._tokenizer.decode([token for token in best[0].tokens if token != end]) for best in found]
@@ -134,17 +138,10 @@ def prepare(config: TranslationConfig, say: Callable[[str], None]) -> Prepared:
     held_out = encode_pairs(tokenizer, corpus.held_out, *limits, dropped[1])
     for line in (*dropped[0].report(len(train)), *dropped[1].report(len(held_out))):
         say(line)
-    resolve = functools.partial(map, os.path.abspath)
-    named = config.data.tokenizer == "bpe"
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=with_vocabulary(config.model.vocab_size, tokenizer)),
-        data=dataclasses.replace(
-            config.data,
-            path=tuple(resolve(config.data.path)),
-            validation=tuple(resolve(config.data.validation)),
-            tokenizer=config.data.tokenizer if named else os.path.abspath(config.data.tokenizer),
-        ),
+        data=located(config.data),
     )
     task = Translation(config, tokenizer, train, held_out)
     fingerprint = hashlib.sha256(f"{corpus.fingerprint} {tokenizer.fingerprint} {limits}".encode()).hexdigest()
@@ -157,16 +154,17 @@ def _announcement(
     config: TranslationConfig, task: Translation, train: EncodedPairs, held_out: EncodedPairs, layout: Layout
 ) -> Iterator[str]:
     model = config.model
-    count = count_parameters(jax.eval_shape(task.init, jax.random.key(0)))
+    count = count_parameters(jax.eval_shape(task.init, jax.random.key(0))[0])
     yield (
         f"Transformer with {count / 1e6:.2f}M parameters ({model.encoder_layers} + {model.decoder_layers} layers x "
         f"{model.width}, vocabulary {model.vocab_size:,}) on {len(layout.devices)} x "
         f"{layout.devices[0].device_kind} ({layout.strategy})"
     )
+    batches = task.pairs.order.batches_per_epoch
     yield (
-        f"{len(train):,} pairs to train on, {len(held_out):,} held out; {task.pairs.batches_per_epoch:,} batches an "
-        f"epoch, {config.steps:,} steps ({config.steps / task.pairs.batches_per_epoch:.2g} epochs)"
+        f"{len(train):,} pairs to train on, {len(held_out):,} held out; {batches:,} batches an epoch, "
+        f"{config.steps:,} steps ({config.steps / batches:.2g} epochs)"
         + (f", or {config.max_seconds:,.0f} seconds" if config.max_seconds else "")
     )
-    shapes = ", ".join(f"{bucket.rows} x {bucket.length}" for bucket in task.pairs.buckets)
+    shapes = ", ".join(f"{bucket.rows} x {bucket.length}" for bucket in task.pairs.order.buckets)
     yield f"batches of {shapes} (sentences x tokens); {task.pairs.padding_share:.0%} of the target places are padding"

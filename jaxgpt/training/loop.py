@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import RunConfig
-from jaxgpt.storage.checkpoint import METRIC, Checkpoints
+from jaxgpt.models.partition import combine
+from jaxgpt.storage.checkpoint import Checkpoints
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import Layout
@@ -38,9 +39,11 @@ class Task(Protocol):
     evaluation_sums: EvaluationSums
     width: int
     """D, the model's width"""
+    unit: str
+    """what the weights of a batch count, in the plural"""
 
-    def init(self, key: jax.Array) -> Parameters:
-        """Initial parameters."""
+    def init(self, key: jax.Array) -> tuple[Parameters, Parameters]:
+        """Initial parameters: those that are trained, and those that stay as they are (see `models.partition`)."""
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, each a pure function of (seed, step)."""
@@ -48,8 +51,8 @@ class Task(Protocol):
     def evaluation_batches(self) -> Iterable[dict[str, np.ndarray]]:
         """The whole held-out split, each target once."""
 
-    def evaluation_metrics(self, sums: Sequence[float], parameters: Parameters) -> dict[str, float]:
-        """What the sums mean, and what else the held-out split shows: at least `eval/loss`."""
+    def evaluation_metrics(self, sums: Sequence[np.ndarray], parameters: Parameters) -> dict[str, float]:
+        """What the sums (float64) mean, and what else the held-out split shows: at least `eval/loss`."""
 
     def sample(self, parameters: Parameters) -> Iterator[str]:
         """Something the model makes, as pieces of text; none if none is wanted."""
@@ -97,7 +100,10 @@ def train(task: Task, config: RunConfig, run: RunFolder, layout: Layout, report:
         OSError: the run folder cannot be written; what was committed before is untouched.
         ValueError: the checkpoint is damaged or does not fit the config.
     """
-    checkpoints = Checkpoints(run.checkpoints, keep=config.average, regular=config.saves_at)
+    metric, highest = config.selection
+    checkpoints = Checkpoints(
+        run.checkpoints, keep=config.average, regular=config.saves_at, metric=metric, highest=highest
+    )
     try:
         with Stop() as stop:
             return _Loop(task, config, run, layout, report, checkpoints, stop).run()
@@ -132,9 +138,12 @@ class _Loop:
         self.evaluation_program = layout.compile(functools.partial(evaluate_step, sums=task.evaluation_sums))
         self.write = metrics_writer(run, config.tensorboard)
         self.initial_state = functools.partial(initial_state, task, optimizer, config.seed)
+        self.initial_frozen = lambda: task.init(jax.random.key(config.seed))[1]
         self.evaluation: dict[str, float] = {}
         self.evaluated = -1  # the step `evaluation` was measured at
-        self.lowest, self.fruitless = math.inf, 0  # held-out loss, and evaluations since
+        self.metric, highest = config.selection
+        self.sign = -1.0 if highest else 1.0
+        self.best, self.fruitless = math.inf, 0  # the lowest of sign x metric, and evaluations since
         self.evaluation_seconds = math.inf
         self.started = time.monotonic()
         self.last_settled = self.started
@@ -147,7 +156,7 @@ class _Loop:
             self.report.say(f"nothing left to do: the run has its {step:,} steps; a greater --steps goes on")
             return Outcome(step, self.evaluation, interrupted=False)
         if self._out_of_patience():
-            self.report.say("nothing left to do: the run ended for want of a lower loss; a greater --patience goes on")
+            self.report.say("nothing left to do: the run no longer got better; a greater --patience goes on")
             return Outcome(step, self.evaluation, interrupted=False)
         if not step:
             self._evaluate(state, step)
@@ -171,7 +180,8 @@ class _Loop:
         if pending is not None:
             self._settle(*pending)
         if self._out_of_patience():
-            self.report.say(f"no lower held-out loss in {self.fruitless} evaluations: this is the end")
+            name = self.metric.removeprefix("eval/")
+            self.report.say(f"no better held-out {name} in {self.fruitless} evaluations: this is the end")
         elif self.stop.requested and step < config.steps:
             if step not in self.checkpoints.steps:
                 self._save(state, step)
@@ -186,15 +196,15 @@ class _Loop:
         latest = self.checkpoints.latest_step
         self.run_folder.rewind(-1 if latest is None else latest)
         if latest is None:
-            return jax.device_put(jax.jit(self.initial_state)(), self.layout.replicated)
+            return self.layout.initial(self.initial_state)
         shapes = jax.eval_shape(lambda: _trees(self.initial_state()))
-        trees, extra = self.checkpoints.restore(latest, shapes, self.layout.replicated)
+        trees, extra = self.checkpoints.restore(latest, shapes, self.layout.shardings(shapes))
         self.started -= extra["seconds"]
         self.evaluation, self.evaluated = extra["evaluation"], extra["evaluated"]
-        self.lowest, self.fruitless = extra["lowest"], extra["fruitless"]
+        self.best, self.fruitless = extra["best"], extra["fruitless"]
         self.report.say(f"resuming at step {latest:,}")
-        step = jax.device_put(jnp.asarray(latest, jnp.int32), self.layout.replicated)
-        return TrainState(step, trees["parameters"], trees["optimizer"])
+        step, frozen = self.layout.initial(lambda: (jnp.asarray(latest, jnp.int32), self.initial_frozen()))
+        return TrainState(step, trees["parameters"], trees["optimizer"], frozen)
 
     @property
     def seconds(self) -> float:
@@ -229,7 +239,7 @@ class _Loop:
         if step <= FIRST_STEPS or step % self.config.log_interval == 0 or step == self.config.steps:
             rate = self.unlogged_tokens / self.unlogged_seconds
             self.write(
-                {"step": step, "train/loss": loss, "gradient_norm": norm, "tokens_per_second": rate}
+                {"step": step, "train/loss": loss, "gradient_norm": norm, f"{self.task.unit}_per_second": rate}
                 | {"seconds": self.seconds}
             )
             self.unlogged_tokens, self.unlogged_seconds = 0.0, 0.0
@@ -243,9 +253,9 @@ class _Loop:
     def _evaluate(self, state: TrainState, step: int) -> None:
         """Measure the whole held-out split, and log it."""
         start = time.monotonic()
-        self.evaluation, self.evaluated = self._measure(state.parameters), step
-        better = self.evaluation[METRIC] < self.lowest
-        self.lowest, self.fruitless = min(self.lowest, self.evaluation[METRIC]), 0 if better else self.fruitless + 1
+        self.evaluation, self.evaluated = self._measure(state.model), step
+        measured = self.sign * self.evaluation[self.metric]
+        self.best, self.fruitless = min(self.best, measured), 0 if measured < self.best else self.fruitless + 1
         self.evaluation_seconds = min(self.evaluation_seconds, time.monotonic() - start)
         self.write({"step": step} | self.evaluation | {"seconds": self.seconds})
         self.report.evaluation(step, self.evaluation)
@@ -254,13 +264,16 @@ class _Loop:
     def _measure(self, parameters: Parameters) -> dict[str, float]:
         program, place = self.evaluation_program, self.layout.place
         # Read one by one: with all of them under way at once, simulated devices can wait for each other for ever.
-        sums = [jax.device_get(program(parameters, place(batch))) for batch in self.task.evaluation_batches()]
-        return self.task.evaluation_metrics([math.fsum(column) for column in zip(*sums, strict=True)], parameters)
+        totals: list[np.ndarray] = []
+        for batch in self.task.evaluation_batches():
+            sums = [np.asarray(part, np.float64) for part in jax.device_get(program(parameters, place(batch)))]
+            totals = [np.asarray(x + part) for x, part in zip(totals, sums, strict=True)] if totals else sums
+        return self.task.evaluation_metrics(totals, parameters)
 
     def _save(self, state: TrainState, step: int) -> None:
-        metrics = {METRIC: self.evaluation[METRIC]} if self.evaluated == step else None
+        metrics = {self.metric: self.evaluation[self.metric]} if self.evaluated == step else None
         extra = {"seconds": self.seconds, "evaluation": self.evaluation, "evaluated": self.evaluated}
-        extra |= {"lowest": self.lowest, "fruitless": self.fruitless}
+        extra |= {"best": self.best, "fruitless": self.fruitless}
         self.checkpoints.save(step, _trees(state), metrics=metrics, extra=extra)
 
     def _finish(self, state: TrainState, step: int) -> None:
@@ -269,7 +282,7 @@ class _Loop:
             self._evaluate(state, step)
         if step not in self.checkpoints.steps:
             self._save(state, step)
-        parameters = self._average(step) if self.config.average > 1 else state.parameters
+        parameters = self._average(state, step) if self.config.average > 1 else state.model
         self.report.finish()
         pieces = self.task.sample(parameters)
         first = next(pieces, None)
@@ -278,10 +291,11 @@ class _Loop:
             self.run_folder.add_sample(step, self.report.stream(itertools.chain([first], pieces)))
         self.checkpoints.wait()
 
-    def _average(self, step: int) -> Parameters:
+    def _average(self, state: TrainState, step: int) -> Parameters:
         """The mean of the newest checkpoints' parameters, measured and logged as `average/...`."""
         shapes = jax.eval_shape(lambda: self.initial_state().parameters)
-        parameters, count = self.checkpoints.restore_average(self.config.average, shapes, self.layout.replicated)
+        mean, count = self.checkpoints.restore_average(self.config.average, shapes, self.layout.shardings(shapes))
+        parameters = combine(mean, state.frozen)
         measured = self._measure(parameters)
         named = {name.replace("eval/", "average/"): value for name, value in measured.items()}
         self.write({"step": step, "average/checkpoints": count} | named)
@@ -291,8 +305,9 @@ class _Loop:
 
 def initial_state(task: Task, optimizer: Any, seed: int) -> TrainState:
     """Step 0: parameters from the seed, the optimiser's empty state."""
-    parameters = task.init(jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
+    parameters, frozen = task.init(jax.random.key(seed))
+    # Compiled as one program: leaf by leaf takes ten times as long.
+    return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init)(parameters), frozen)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

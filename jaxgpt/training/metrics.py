@@ -45,7 +45,8 @@ def training_flops_per_token(config: GPTConfig, sequence_length: int, vocab_size
     Attention is counted in full (12 L T D), as is customary, although a causal kernel needs about half.
     """
     d, f = config.width, config.hidden_width
-    products = config.layers * (4 * d * d + 2 * d * f) + vocab_size * d
+    kv, gates = config.head_width * (config.kv_heads or config.heads), 2 if config.activation == "swiglu" else 1
+    products = config.layers * (2 * d * d + 2 * d * kv + (1 + gates) * d * f) + vocab_size * d
     return 6 * products + 12 * config.layers * sequence_length * d
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxgpt.config import ParallelConfig
+from jaxgpt.models.sharding import BATCH, batch_sharding, make_mesh, mesh_shape, state_shardings
 from jaxgpt.training.step import identity
 
 AXIS = "data"
@@ -24,17 +26,28 @@ class Layout:
     strategy: Literal["single", "pmap", "mesh"]
     devices: tuple[jax.Device, ...]
     notes: tuple[str, ...] = ()
+    shape: Mapping[str, int] = field(default_factory=dict)
+    """devices along each axis of a mesh, see `models.sharding`; those that it does not name have one"""
 
     @property
-    def replicated(self) -> jax.sharding.Sharding:
-        """How the state lies: whole on every device, with no replica axis in its shapes."""
-        if self.strategy == "single":
-            return SingleDeviceSharding(self.devices[0])
-        return NamedSharding(self._mesh, PartitionSpec())
+    def mesh(self) -> Mesh:
+        """The devices as a mesh; all along data where no shape is given."""
+        return make_mesh(self.shape or {AXIS: len(self.devices)}, self.devices)
 
-    @property
-    def _mesh(self) -> jax.sharding.Mesh:
-        return jax.sharding.Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
+    def shardings(self, tree: Any) -> Any:
+        """How each leaf of a state lies: whole on every device, with no replica axis; over a mesh, cut by its rules."""
+        if self.strategy == "mesh":
+            return state_shardings(tree, self.mesh)
+        one = SingleDeviceSharding(self.devices[0])
+        whole = one if self.strategy == "single" else NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda leaf: whole, tree)
+
+    def initial(self, make: Callable[[], Any]) -> Any:
+        """What `make` makes, lying as it is to; over a mesh it never lies whole on one device."""
+        if self.strategy == "mesh":
+            return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make)))()
+        made = make()
+        return jax.device_put(made, self.shardings(made))
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Give each device its rows of a global batch."""
@@ -42,18 +55,33 @@ class Layout:
             # pmap itself sends row i of the leading axis to device i.
             return {name: x.reshape(len(self.devices), -1, *x.shape[1:]) for name, x in batch.items()}
         if self.strategy == "mesh":
-            return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec(AXIS)))
-        return jax.device_put(batch, self.replicated)
+            return jax.device_put(batch, batch_sharding(self.mesh))
+        return jax.device_put(batch, self.devices[0])
 
     def compile(self, step: Callable[..., Any], *, scalars: int = 0, donate: bool = False) -> Callable[..., Any]:
         """Turn `step(state, batch, *scalars, reduce=)` into a program for these devices.
 
         State and scalars go in whole and come out whole (`in_axes=None`, `out_axes=None`): the same pytree whatever
-        the strategy. With `donate` the old state's memory is reused and the old state is gone.
+        the strategy; over a mesh each leaf as `shardings` says. With `donate` the old state's memory is reused and the
+        old state is gone.
         """
         donated = (0,) if donate else ()
-        if self.strategy != "pmap":
+        if self.strategy == "single":
             return jax.jit(functools.partial(step, reduce=identity), donate_argnums=donated)
+        if self.strategy == "mesh":
+            mesh = self.mesh
+
+            def lying(*inputs: Any) -> Any:
+                results = step(*inputs, reduce=identity)
+                return jax.lax.with_sharding_constraint(results, self.shardings(results))
+
+            program = jax.jit(lying, donate_argnums=donated)
+
+            def run(*inputs: Any) -> Any:
+                with jax.set_mesh(mesh):
+                    return program(*inputs)
+
+            return run
         return jax.pmap(
             functools.partial(step, reduce=functools.partial(jax.lax.psum, axis_name=AXIS)),
             axis_name=AXIS,
@@ -62,6 +90,18 @@ class Layout:
             devices=self.devices,
             donate_argnums=donated,
         )
+
+
+def on_one_device(tree: Any) -> Any:
+    """Every array whole on a local device, for what is not spread over devices, such as decoding."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        if not x.is_fully_replicated:
+            assert isinstance(x.sharding, NamedSharding)
+            x = jax.jit(identity, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+        return x.addressable_data(0)
+
+    return jax.tree.map(whole, tree)
 
 
 def choose_layout(config: ParallelConfig, batch_size: int, name: str = "data.batch-size") -> Layout:
@@ -82,6 +122,9 @@ def choose_layout(config: ParallelConfig, batch_size: int, name: str = "data.bat
     wanted = config.devices or len(local)
     if batch_size % accumulation:
         raise ValueError(f"parallel.gradient-accumulation {accumulation} does not divide {name} {batch_size}")
+    if config.mesh is not None:
+        # With strategy auto, to name a mesh is to ask for it.
+        return _mesh_layout(config.mesh, local[:wanted], batch_size, accumulation, name)
     if config.strategy == "single":
         if config.devices not in (None, 1):
             raise ValueError(f"parallel.strategy single runs on one device, not {config.devices}")
@@ -97,3 +140,16 @@ def choose_layout(config: ParallelConfig, batch_size: int, name: str = "data.bat
             "or take parallel.strategy auto"
         )
     return Layout(config.strategy, tuple(local[:wanted]))
+
+
+def _mesh_layout(spelled: str, devices: Sequence[jax.Device], batch_size: int, accumulation: int, name: str) -> Layout:
+    """A mesh of the first devices that it needs."""
+    shape = mesh_shape(spelled)
+    needed = math.prod(shape.values())
+    if needed > len(devices):
+        raise ValueError(f"parallel.mesh {spelled} needs {needed} devices, but there are {len(devices)} to use")
+    shares = math.prod(shape.get(axis, 1) for axis in BATCH)
+    if batch_size % (shares * accumulation):
+        rows = f"{shares} devices" + (f" x {accumulation} micro-batches" if accumulation > 1 else "")
+        raise ValueError(f"{name} {batch_size} does not divide over the {rows} of parallel.mesh {spelled}; change one")
+    return Layout("mesh", tuple(devices[:needed]), shape=shape)

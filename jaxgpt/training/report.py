@@ -16,11 +16,11 @@ class Reporter:
     def say(self, text: str) -> None:
         """One line of information."""
 
-    def begin(self, steps: int) -> None:
-        """Training starts and will go to position `steps`."""
+    def begin(self, steps: int, unit: str = "tokens") -> None:
+        """Training starts and will go to position `steps`; `unit` is what is counted in a second."""
 
-    def step(self, step: int, loss: float, tokens_per_second: float, position: float) -> None:
-        """A step has ended; `position` of the steps in `begin` are done."""
+    def step(self, step: int, loss: float, rate: float, position: float) -> None:
+        """A step has ended; `position` of the steps in `begin` are done, at `rate` units a second."""
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """The held-out split was measured."""
@@ -37,21 +37,21 @@ class PlainReporter(Reporter):
     """Lines for a pipe or a file: the first steps, then one every few seconds."""
 
     def __init__(self) -> None:
-        self._steps = 1
+        self._steps, self._unit = 1, ""
         self._next_line = 0.0
 
     def say(self, text: str) -> None:
         print(text, flush=True)
 
-    def begin(self, steps: int) -> None:
-        self._steps = steps
+    def begin(self, steps: int, unit: str = "tokens") -> None:
+        self._steps, self._unit = steps, unit
 
-    def step(self, step: int, loss: float, tokens_per_second: float, position: float) -> None:
+    def step(self, step: int, loss: float, rate: float, position: float) -> None:
         now = time.monotonic()
         if now >= self._next_line:
             self._next_line = now + SECONDS_BETWEEN_LINES
             done = min(1.0, position / self._steps)
-            self.say(f"step {step:,}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {done:.0%}")
+            self.say(f"step {step:,}  loss {loss:.4f}  {rate:,.0f} {self._unit}/s  {done:.0%}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self.say(f"step {step:,}  {describe_evaluation(metrics)}")
@@ -87,12 +87,13 @@ class TerminalReporter(PlainReporter):
         # The progress bar owns the lines below the cursor while it runs; markup is off, as the text is anything.
         self._progress.console.print(text, markup=False, highlight=False)
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, unit: str = "tokens") -> None:
+        self._unit = unit
         self._task = self._progress.add_task("train", total=steps, step=0, status="compiling")
         self._progress.start()
 
-    def step(self, step: int, loss: float, tokens_per_second: float, position: float) -> None:
-        status = f"loss {loss:.4f} {tokens_per_second:,.0f} tokens/s"
+    def step(self, step: int, loss: float, rate: float, position: float) -> None:
+        status = f"loss {loss:.4f} {rate:,.0f} {self._unit}/s"
         self._progress.update(self._task, completed=position, step=step, status=status)
 
     def finish(self) -> None:

@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from jaxgpt.models.partition import combine
+from jaxgpt.training.optimizer import global_norm
+
 Parameters = Any
 Batch = Mapping[str, Array]
 # (parameters, batch, a dropout key for each row or None) -> (sum of the loss, sum of the weights)
 Loss = Callable[[Parameters, Batch, Key[Array, " B"] | None], tuple[Float[Array, ""], Float[Array, ""]]]
-# (parameters, batch) -> sums over one evaluation batch, which are added up over all of them
-EvaluationSums = Callable[..., tuple[Float[Array, ""], ...]]
+# (parameters, batch) -> sums over one evaluation batch, numbers or arrays, which are added up over all of them
+EvaluationSums = Callable[..., tuple[Float[Array, "..."], ...]]
 Reduce = Callable[[Any], Any]
 
 
@@ -24,9 +27,18 @@ Reduce = Callable[[Any], Any]
 class TrainState:
     """All that a run carries from one step to the next. Data order and dropout follow from the seed and `step`."""
 
-    step: Int[Array, ""]
+    step: Any
+    """how many there were, an int32 scalar"""
     parameters: Parameters
+    """those that are trained"""
     optimizer_state: optax.OptState
+    frozen: Parameters = flax.struct.field(default_factory=dict)
+    """those that stay as they are, often none: see `models.partition`"""
+
+    @property
+    def model(self) -> Parameters:
+        """All parameters."""
+        return combine(self.parameters, self.frozen)
 
 
 def identity(tree: Any) -> Any:
@@ -41,20 +53,25 @@ def row_keys(seed: int, step: Int[Array, ""], rows: Int[Array, " B"]) -> Key[Arr
 
 
 def loss_and_gradients(
-    loss: Loss, parameters: Parameters, batch: Batch, keys: Key[Array, " B"], micro_batches: int
+    loss: Loss, parameters: Parameters, frozen: Parameters, batch: Batch, keys: Key[Array, " B"], micro_batches: int
 ) -> tuple[Float[Array, ""], Float[Array, ""], Parameters]:
     """Sums over the batch of loss, weight and gradients, computed in `micro_batches` equal parts one after another.
 
-    Sums, not means: parts with fewer real tokens count for less, and the caller divides once.
+    Sums, not means: parts with fewer real tokens count for less, and the caller divides once. Gradients are those of
+    `parameters`, not of `frozen`.
     """
 
+    def of_parameters(parameters: Parameters, batch: Batch, keys: Key[Array, " b"]) -> tuple[Any, Any]:
+        return loss(combine(parameters, frozen), batch, keys)
+
     def of_part(part: tuple[Batch, Key[Array, " b"]]) -> tuple[Any, Any, Any]:
-        (total, weight), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, *part)
+        (total, weight), gradients = jax.value_and_grad(of_parameters, has_aux=True)(parameters, *part)
         return total, weight, gradients
 
     if micro_batches == 1:
         return of_part((batch, keys))
-    parts = jax.tree.map(lambda x: x.reshape(micro_batches, x.shape[0] // micro_batches, *x.shape[1:]), (batch, keys))
+    # Every so many rows are a part, so that each device has its share of every part.
+    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), (batch, keys))
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
     )
@@ -87,13 +104,18 @@ def train_step(
         clipping) and `tokens` (the sum of the weights).
     """
     keys = row_keys(seed, state.step, batch["row"])
-    sums = loss_and_gradients(loss, state.parameters, batch, keys, micro_batches)
+    sums = loss_and_gradients(loss, state.parameters, state.frozen, batch, keys, micro_batches)
     total, weight, gradients = reduce(sums)
-    gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters, position=position)
+    # The norm of the sums, divided: that of the quotients would need them all written to memory first.
+    norm = global_norm(gradients) / weight
+    share = 1.0 / weight
+    gradients = jax.tree.map(lambda g: g * share.astype(g.dtype), gradients)
+    updates, optimizer_state = optimizer.update(
+        gradients, state.optimizer_state, state.parameters, position=position, norm=norm
+    )
     parameters = optax.apply_updates(state.parameters, updates)
-    metrics = {"loss": total / weight, "gradient_norm": optax.global_norm(gradients), "tokens": weight}
-    return TrainState(state.step + 1, parameters, optimizer_state), metrics
+    metrics = {"loss": total / weight, "gradient_norm": norm, "tokens": weight}
+    return TrainState(state.step + 1, parameters, optimizer_state, state.frozen), metrics
 
 
 def evaluate_step(
@@ -102,6 +124,6 @@ def evaluate_step(
     *,
     sums: EvaluationSums,
     reduce: Reduce = identity,
-) -> tuple[Float[Array, ""], ...]:
+) -> tuple[Float[Array, ...], ...]:
     """What `sums` (a task's) computes of one evaluation batch, added up over devices."""
     return reduce(sums(parameters, batch))

@@ -1,0 +1,122 @@
+"""The verbs train, and inspect, which shows what it would be trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxgpt import recipes
+from jaxgpt.arguments import parse, value_of
+from jaxgpt.config import FinetuneConfig, require
+from jaxgpt.storage.runs import RunFolder
+from jaxgpt.training.report import make_reporter
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+TRAIN_USAGE = """usage: python train.py [RECIPE] [--section.key value ...]   (or: jaxgpt train ...)
+
+Without a recipe, `default`. Every setting below can be given as --name value or --name=value.
+
+recipes:
+{recipes}
+"""
+
+
+INSPECT_USAGE = """usage: jaxgpt inspect RECIPE|RUN [--batch N] [--rows N] [--section.key value ...]
+
+Print a training batch as text: what the model reads, below each token the one it is to learn next (_ where that does
+not count), which documents share a row, labels, and what was left out or cut. --batch counts steps from 0; --rows is
+how many rows are shown (4 unless given); the other settings are those of python train.py RECIPE --help.
+"""
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Which batch."""
+
+    batch: int = 0
+    """the step it is for, from 0"""
+    rows: int = 4
+    """rows that are shown"""
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 0, f"batch is {self.batch}; it must be at least 0")
+        require(self.rows >= 1, f"rows is {self.rows}; it must be at least 1")
+
+
+def train(arguments: list[str]) -> int:
+    named = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    recipe = named or "default"
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(TRAIN_USAGE.format(recipes=recipes.describe()))
+    prog = "python train.py [RECIPE]"
+    out = value_of("--out", arguments)
+    existing = out is not None and RunFolder(Path(out)).exists()
+    if named == "finetune" and not existing and value_of("--init-from", arguments) is None:
+        named = recipe = "finetune-from-scratch"
+    chosen = recipes.recipe(recipe)
+    if named is None and out is not None and existing:
+        # What is resumed may be of another task, with other settings; that it is to be resumed is said each time.
+        chosen = dataclasses.replace(RunFolder(Path(out)).saved_config(), resume="never")
+    config = parse(type(chosen), arguments, prog, chosen)
+
+    # Everything below needs JAX; what is above answers without it.
+    from jaxgpt import launch
+
+    run = RunFolder(launch.run_path(config, recipe))
+    if config.resume == "latest" and not run.exists():
+        started = named is not None or any(flag.startswith(("--data", "--model", "--optimizer")) for flag in arguments)
+        require(started, f"there is no run in {run.path} to resume; name a recipe or its data to start one")
+    elif config.resume == "latest":
+        description = run.describe()
+        require(
+            named in (None, description["recipe"]),
+            f"{run.path} was trained with the recipe {description['recipe']}, not {named}",
+        )
+        recipe = description["recipe"]
+        saved = dataclasses.replace(run.saved_config(), out=str(run.path))
+        config = parse(type(saved), arguments, prog, saved)
+    report = make_reporter(config.quiet)
+    outcome, run = launch.train(config, recipe=recipe, report=report)
+    report.say(launch.summary(outcome, run))
+    return STOPPED if outcome.interrupted else 0
+
+
+def inspect(arguments: list[str]) -> int:
+    """`jaxgpt inspect`."""
+    if not arguments or arguments[0].startswith("-"):
+        print(INSPECT_USAGE, end="")
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    name, *rest = arguments
+    options = parse(InspectOptions, [*taken("--batch", rest), *taken("--rows", rest)], "jaxgpt inspect")
+    folder = RunFolder(Path(name))
+    config = folder.saved_config() if folder.exists() else recipes.recipe(name)
+    config = parse(type(config), rest, "jaxgpt inspect RECIPE|RUN", config)
+
+    from jaxgpt import launch
+    from jaxgpt.apps.inspection import describe_batch
+    from jaxgpt.tasks.initial import SPECIAL_TOKENS
+
+    prepared = launch.PREPARE[type(config)](config, print)
+    batch = next(iter(prepared.task.batches(options.batch, options.batch + 1)))
+    labels: tuple[str, ...] = ()
+    special: dict[int, str] = {}
+    if isinstance(prepared.config, FinetuneConfig):
+        labels, size = prepared.config.labels, prepared.config.model.vocab_size or 0
+        special = dict(zip(range(size - len(SPECIAL_TOKENS), size), SPECIAL_TOKENS, strict=True))
+    for line in describe_batch(
+        batch, lambda token: special.get(token) or prepared.tokenizer.name(token), labels, options.rows
+    ):
+        print(line)
+    return 0
+
+
+def taken(flag: str, arguments: list[str]) -> list[str]:
+    """Take a flag with its value out of the arguments."""
+    for number, argument in enumerate(arguments):
+        if argument == flag or argument.startswith(flag + "="):
+            taken = arguments[number : number + 1 + (argument == flag)]
+            del arguments[number : number + len(taken)]
+            return taken
+    return []
