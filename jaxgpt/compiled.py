@@ -35,9 +35,9 @@ WITHOUT_TPU = {
 class Program(NamedTuple):
     """What the compiler says of one device's program."""
 
-    argument_bytes: int
+    argument_bytes: float
     """state and batch, on one device"""
-    temporary_bytes: int
+    temporary_bytes: float
     """what the step needs besides, at its peak"""
     collective_bytes: float | None
     """what a device sends to others in one step, rings assumed; None where the program cannot be read"""
@@ -113,8 +113,8 @@ def compile_step(config: TrainConfig, mesh: Mesh) -> Program:
     assert memory is not None
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Program(
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes + fresh,
+        float(memory.argument_size_in_bytes),
+        float(memory.temp_size_in_bytes + fresh),
         _sent(compiled),
     )
 
@@ -140,15 +140,18 @@ def collective_bytes(program: str) -> float:
     says how often.
     """
     bodies = _computations(program)
-    total, seen = 0.0, set()
+    total = 0.0
+    seen: set[tuple[str, str]] = set()
     for name, times in _runs(bodies).items():
         for line in bodies[name]:
             found = COLLECTIVE.search(line)
             channel = re.search(r"channel_id=(\d+)", line)
-            if found is None or (channel and channel.group(1) in seen):
-                continue  # a collective that is spread over several steps of a pipeline keeps its channel
-            if channel:
-                seen.add(channel.group(1))
+            # One that is spread over several steps of a pipeline keeps its channel; but so do others that were merged.
+            same = found and channel and (channel.group(1), found["result"])
+            if found is None or same in seen:
+                continue
+            if same:
+                seen.add(same)
             size, members = _bytes_of(found["result"]), _group_size(line)
             share = (members - 1) / members
             total += times * size * {"all-reduce": 2 * share, "reduce-scatter": members - 1}.get(found["kind"], share)
@@ -215,8 +218,8 @@ def _group_size(line: str) -> int:
     return 2
 
 
-def shard_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> int:
+def shard_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> float:
     """Bytes of a tree of shapes on one device of a mesh (of devices, or abstract)."""
     shardings: Sequence[Any] = jax.tree.leaves(state_shardings(tree, mesh))
     leaves = zip(jax.tree.leaves(tree), shardings, strict=True)
-    return sum(math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize for x, where in leaves)
+    return float(sum(math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize for x, where in leaves))

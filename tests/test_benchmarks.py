@@ -50,7 +50,7 @@ def test_train_step_puts_pytorch_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["shakespear"], "did you mean shakespeare-char?"),
+        (["shakespeare-cha"], "did you mean shakespeare-char?"),
         ([*SMALL, "--strategy", "pmap", "--gradient-accumulation", "3"], "does not divide"),
         ([*SMALL, "--step", "3"], "did you mean --steps?"),
     ],

@@ -43,6 +43,7 @@ HLO = """HloModule m
 %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %ag = bf16[16,32]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
   %done = bf16[16,32]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %merged = f32[6]{0} all-reduce(%v), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
 }
 %condition.1 (p: (s32[], f32[8])) -> pred[] {
   %limit = s32[]{:T(128)} constant(5)
@@ -57,7 +58,7 @@ ENTRY %main.2 (a: f32[8]) -> f32[8] {
 
 
 def test_every_spelling_is_read():
-    gathered, scattered, summed = 5 * 16 * 32 * 2 * 3 / 4, 4 * 8 * 4 * 1, 2 * (8 + 4) * 4 * 3 / 4
+    gathered, scattered, summed = 5 * (16 * 32 * 2 + 2 * 6 * 4) * 3 / 4, 4 * 8 * 4 * 1, 2 * (8 + 4) * 4 * 3 / 4
     assert collective_bytes(HLO) == gathered + scattered + summed
 
 

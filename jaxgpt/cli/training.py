@@ -113,10 +113,11 @@ def inspect(arguments: list[str]) -> int:
 
 
 def taken(flag: str, arguments: list[str]) -> list[str]:
-    """Take a flag with its value out of the arguments."""
+    """Take a flag, with its value if one follows, out of the arguments."""
     for number, argument in enumerate(arguments):
         if argument == flag or argument.startswith(flag + "="):
-            taken = arguments[number : number + 1 + (argument == flag)]
+            valued = argument == flag and not "".join(arguments[number + 1 : number + 2]).startswith("--")
+            taken = arguments[number : number + 1 + valued]
             del arguments[number : number + len(taken)]
             return taken
     return []

@@ -72,16 +72,11 @@ class Layout:
             mesh = self.mesh
 
             def lying(*inputs: Any) -> Any:
-                results = step(*inputs, reduce=identity)
+                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # which the models' constraints look at
+                    results = step(*inputs, reduce=identity)
                 return jax.lax.with_sharding_constraint(results, self.shardings(results))
 
-            program = jax.jit(lying, donate_argnums=donated)
-
-            def run(*inputs: Any) -> Any:
-                with jax.set_mesh(mesh):
-                    return program(*inputs)
-
-            return run
+            return jax.jit(lying, donate_argnums=donated)
         return jax.pmap(
             functools.partial(step, reduce=functools.partial(jax.lax.psum, axis_name=AXIS)),
             axis_name=AXIS,
