@@ -74,34 +74,43 @@ def shakespeare_char_cpu() -> TrainConfig:
 
 
 def shakespeare_fast() -> TrainConfig:
-    """Shakespeare character by character on a CPU, as soon as possible: the same size, newer parts, and Muon.
+    """Shakespeare character by character on a CPU, to a held-out loss of 1.88 as soon as possible.
 
     python train.py shakespeare-fast --data.path tinyshakespeare.txt
     """
     small = shakespeare_char_cpu()
     return replace(
         small,
-        model=replace(
-            small.model,
+        model=GPTConfig(
+            context=64,
+            layers=2,
+            heads=2,
+            width=128,
+            hidden=344,
+            dropout=0.0,
+            bias=False,
             positions="rotary",
             normalizer="rms",
             qk_norm=True,
-            activation="relu-squared",
+            activation="swiglu",
             zero_init=True,
             tied_head=False,
         ),
+        data=replace(small.data, batch_size=16),
         optimizer=OptimizerConfig(
             name="muon",
-            learning_rate=8e-3,
+            learning_rate=0.016,
             muon_learning_rate=0.03,
+            muon_beta=0.8,
             final_learning_rate=0.0,
+            schedule="linear",
             warmup_steps=10,
             beta2=0.95,
             weight_decay=0.0,
             clip_norm=None,
         ),
-        steps=250,
-        eval_interval=250,
+        steps=230,
+        eval_interval=230,
     )
 
 

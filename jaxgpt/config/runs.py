@@ -58,6 +58,8 @@ class OptimizerConfig:
     """learning rate at the last step (cosine, linear, wsd)"""
     muon_learning_rate: float = 0.02
     """learning rate of Muon's matrices where the schedule is at 1; they follow the same one"""
+    muon_beta: float = 0.95
+    """decay of Muon's momentum"""
     schedule: Literal["cosine", "linear", "inverse-sqrt", "noam", "wsd", "constant"] = "cosine"
     """what follows the linear warm-up; noam is inverse-sqrt with learning-rate a factor of 1 / sqrt(width x warm-up)"""
     warmup_steps: int = 100
@@ -89,9 +91,9 @@ class OptimizerConfig:
         share = self.warmup_share
         require(share is None or 0 <= share <= 1, f"optimizer.warmup-share is {share}; it must be in [0, 1]")
         require(0 < self.layer_decay <= 1, f"optimizer.layer-decay is {self.layer_decay}; it must be in (0, 1]")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_beta"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"optimizer.{name} is {value}; it must be in [0, 1)")
+            require(0 <= value < 1, f"optimizer.{name.replace('_', '-')} is {value}; it must be in [0, 1)")
         require(0 < self.decay_share <= 1, f"optimizer.decay-share is {self.decay_share}; it must be in (0, 1]")
         norm = self.clip_norm
         require(norm is None or norm > 0, f"optimizer.clip-norm is {norm}; it must be positive, or None")

@@ -140,6 +140,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, width: int = 1) -> optax
     if config.name == "muon":
         muon = optax.contrib.muon(
             config.muon_learning_rate,
+            beta=config.muon_beta,
             weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=_muon_dimensions,
         )
