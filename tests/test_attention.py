@@ -57,6 +57,18 @@ def test_blocked_is_causal_attention(x64, length, documents, window):
     )
 
 
+@pytest.mark.parametrize(("documents", "window"), [(False, None), (True, 200), (False, 1030)])
+def test_several_slabs_of_keys_are_causal_attention(x64, documents, window):
+    length = 1100
+    inputs = random_heads(1, 1, length, 2, 3, jnp.float64)
+    numbers = packed(2, 1, length) if documents else None
+    options = {"causal": True, "window": window, "segments": (numbers, numbers) if documents else None}
+    assert_equal(
+        value_and_gradients(inputs, implementation="blocked", **options),
+        value_and_gradients(inputs, implementation="reference", **options),
+    )
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(1, 9), (7, 16), (150, 33), (12, 140)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_blocked_is_attention_to_a_source(x64, queries, keys, padded):
@@ -71,7 +83,7 @@ def test_blocked_is_attention_to_a_source(x64, queries, keys, padded):
     )
 
 
-@pytest.mark.parametrize("length", [20, 200])
+@pytest.mark.parametrize("length", [20, 200, 1100])
 def test_the_gradient_with_dropout_is_the_derivative(x64, length):
     """The same weights fall in the backward pass as in the forward pass, of every block."""
     inputs = random_heads(1, 2, length, 2, 4, jnp.float64)
@@ -169,7 +181,7 @@ def test_memory_of_the_gradients_grows_with_the_length_not_its_square():
         )
         return jax.jit(gradient).lower(heads, heads, heads).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(2048) < 3 * temporaries(1024)
+    assert temporaries(4096) < 3 * temporaries(2048)
 
 
 def test_causal_mask_counts_from_the_offset():

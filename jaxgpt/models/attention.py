@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import AttentionName
-from jaxgpt.models.blocked_attention import BLOCK, blocked_attention, whole_attention
+from jaxgpt.models.blocked_attention import BLOCK, blocked_attention, padded_length, whole_attention
 from jaxgpt.models.device_attention import cudnn_attention, splash_attention
 
 Scale = float | Float[Array, ""] | None
@@ -113,7 +113,7 @@ def _blocked(
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     if not causal or length <= BLOCK:
         return whole_attention(query, key, value, scale, segments, keys, rate, causal, window).swapaxes(1, 2)
-    beyond = -length % BLOCK
+    beyond = padded_length(length) - length
     query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, beyond), (0, 0))) for x in (query, key, value))
     if segments is not None:
         segments = tuple(jnp.pad(x, ((0, 0), (0, beyond)), mode="edge") for x in segments)

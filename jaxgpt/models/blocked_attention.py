@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from jaxgpt.models.rows import greatest, row_sums
 
-BLOCK = 128  # queries and keys at a time; measured on CPU: 256 is slower
+BLOCK = 128  # queries at a time; measured on CPU: 256 is slower
+SLAB = 1024  # keys at a time, at most: products so wide are twice as fast on CPU as those of 128
 
 Segments = tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
 DropoutKeys = Key[Array, " B"] | None
@@ -93,13 +94,20 @@ def blocked_attention(
     dropout_rate: float,
     window: int | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Causal softmax(scale Q K^T) V by blocks of queries and keys, T a multiple of `BLOCK` (Dao et al. 2022).
+    """Causal softmax(scale Q K^T) V by blocks of queries and slabs of keys, T as `padded_length` gives it.
 
     Queries and keys have the same segments.
-    Scores exist of one pair of blocks at a time, also for the gradients, which compute them again: memory grows with
-    T, not with its square, and what lies above the diagonal, or wholly before the `window`, is never computed.
+    Scores exist of one block of queries and one slab of keys at a time, also for the gradients, which compute them
+    again (Dao et al. 2022): memory grows with T, not with its square, and what lies beyond the diagonal's block, or in
+    slabs wholly before the `window`, is never computed.
     """
     return _blocked_forward(query, key, value, scale, segments, dropout_keys, dropout_rate, window)[0]
+
+
+def padded_length(length: int) -> int:
+    """The least T of at least `length` that divides into equal slabs of whole blocks."""
+    slabs = -(-length // SLAB)
+    return slabs * BLOCK * -(-length // (slabs * BLOCK))
 
 
 def _blocked_forward(
@@ -113,67 +121,78 @@ def _blocked_forward(
     window: int | None,
 ) -> tuple[Array, Any]:
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    queries, values, turned_keys = _in_blocks(query), _in_blocks(value), _turned(_in_blocks(key))
-    numbers = _segments_in_blocks(segments)
+    queries, slabs_of_keys, values = _in_slabs(query), _in_slabs(key), _in_slabs(value)
+    numbers, width = _segments_in_slabs(segments), queries.shape[-2]
 
-    def of_queries(_: None, i: Array) -> tuple[None, Any]:
-        own = queries[i]
+    def of_slab(_: None, i: Array) -> tuple[None, Any]:
+        def of_block(block: slice) -> tuple[Array, Array]:
+            own = queries[i][:, :, block]
 
-        def with_keys(j: Array, sums: Any, diagonal: bool = False) -> Any:
-            highest, total, heads = sums
-            mask = _mask_of_pair(i, j, diagonal, window)
-            scores = _scores(own, turned_keys[j], scale, _pair_of(numbers, i, j), mask)
-            new = jnp.maximum(highest, greatest(scores))
-            powers, shrunk = jnp.exp(scores - new), jnp.exp(highest - new)
-            weights = (powers * _kept(powers, rate, keys, _place(i, j))).astype(value.dtype)
-            heads = heads * shrunk + jnp.matmul(weights, values[j], preferred_element_type=dtype)
-            return new, total * shrunk + row_sums(powers), heads
+            def with_keys(j: Array, sums: Any, seen: slice = slice(0, width)) -> Any:
+                highest, total, heads = sums
+                mask = _mask_of_pair(i * width + block.start, j * width + seen.start, seen, j is i, window)
+                pair = _pair_of(numbers, i, block, j, seen)
+                scores = _scores(own, _turned(slabs_of_keys[j][:, :, seen]), scale, pair, mask)
+                new = jnp.maximum(highest, greatest(scores))
+                powers, shrunk = jnp.exp(scores - new), jnp.exp(highest - new)
+                weights = (powers * _kept(powers, rate, keys, _place(i, block, j))).astype(value.dtype)
+                heads = heads * shrunk + jnp.matmul(weights, values[j][:, :, seen], preferred_element_type=dtype)
+                return new, total * shrunk + row_sums(powers), heads
 
-        column = (*own.shape[:-1], 1)
-        start = (jnp.full(column, jnp.finfo(dtype).min), jnp.zeros(column, dtype), jnp.zeros(own.shape, dtype))
-        sums = jax.lax.fori_loop(_first_block(i, window), i, with_keys, start)
-        highest, total, heads = with_keys(i, sums, diagonal=True)
-        return None, ((heads / total).astype(value.dtype), highest + jnp.log(total))
+            column = (*own.shape[:-1], 1)
+            start = (jnp.full(column, jnp.finfo(dtype).min), jnp.zeros(column, dtype), jnp.zeros(own.shape, dtype))
+            sums = jax.lax.fori_loop(_first_slab(i, block, width, window), i, with_keys, start)
+            highest, total, heads = with_keys(i, sums, _seen_of_own_slab(block, window))
+            return (heads / total).astype(value.dtype), highest + jnp.log(total)
 
-    _, (heads, log_totals) = jax.lax.scan(of_queries, None, jnp.arange(len(queries), dtype=jnp.int32))
-    heads = _joined(heads)
-    return heads, (query, key, value, scale, segments, keys, heads, log_totals)
+        return None, tuple(jnp.concatenate(parts, 2) for parts in zip(*map(of_block, _blocks(width)), strict=True))
+
+    _, (heads, log_totals) = jax.lax.scan(of_slab, None, jnp.arange(len(queries), dtype=jnp.int32))
+    return _joined(heads), (query, key, value, scale, segments, keys, _joined(heads), log_totals)
 
 
 def _blocked_backward(rate: float, window: int | None, residuals: Any, gradient: Array) -> tuple[Any, ...]:
-    """All with keys in rows and queries in columns, so that every product's factors lie as they are read."""
     query, key, value, scale, segments, dropout_keys, heads, log_totals = residuals
     dtype = log_totals.dtype
-    inner = _turned(_in_blocks(row_sums(gradient.astype(dtype) * heads.astype(dtype))))
-    queries, keys, values, of_heads = (_in_blocks(x) for x in (query, key, value, gradient))
-    turned_queries, turned_keys, turned_of_heads = (_turned(x) for x in (queries, keys, of_heads))
-    log_totals, numbers = _turned(log_totals), _segments_in_blocks(segments)
+    inner = _in_slabs(row_sums(gradient.astype(dtype) * heads.astype(dtype)))
+    queries, keys, values, of_heads = (_in_slabs(x) for x in (query, key, value, gradient))
+    numbers, width = _segments_in_slabs(segments), queries.shape[-2]
 
-    def of_queries(sums: Any, i: Array) -> tuple[Any, Array]:
-        def with_keys(j: Array, sums: Any, diagonal: bool = False) -> Any:
-            of_query, of_key, of_value = sums
-            mask = _mask_of_pair(i, j, diagonal, window)
-            mask = None if mask is None else _turned(mask)
-            scores = _scores(keys[j], turned_queries[i], scale, _pair_of(numbers, j, i), mask)
-            powers = jnp.exp(scores - log_totals[i])
-            kept = _kept(powers, rate, dropout_keys, _place(i, j), turned=True)
-            of_weights = jnp.matmul(values[j], turned_of_heads[i], preferred_element_type=dtype)
-            of_scores = (powers * (of_weights * kept - inner[i])).astype(query.dtype)
-            weights = (powers * kept).astype(value.dtype)
-            of_query = of_query + jnp.matmul(turned_keys[j], of_scores, preferred_element_type=dtype)
-            of_key = of_key.at[j].add(jnp.matmul(of_scores, queries[i], preferred_element_type=dtype))
-            of_value = of_value.at[j].add(jnp.matmul(weights, of_heads[i], preferred_element_type=dtype))
-            return of_query, of_key, of_value
+    def of_slab(sums: Any, i: Array) -> tuple[Any, Array]:
+        def of_block(sums: Any, block: slice) -> Any:
+            own, of_own = queries[i][:, :, block], of_heads[i][:, :, block]
 
-        start = (jnp.zeros(turned_queries.shape[1:], dtype), *sums)
-        sums = jax.lax.fori_loop(_first_block(i, window), i, with_keys, start)
-        of_query, *rest = with_keys(i, sums, diagonal=True)
-        return tuple(rest), (scale * of_query).astype(query.dtype)
+            def with_keys(j: Array, sums: Any, seen: slice = slice(0, width)) -> Any:
+                of_query, of_key, of_value = sums
+                mask = _mask_of_pair(i * width + block.start, j * width + seen.start, seen, j is i, window)
+                key, pair = keys[j][:, :, seen], _pair_of(numbers, i, block, j, seen)
+                powers = jnp.exp(_scores(own, _turned(key), scale, pair, mask) - log_totals[i][:, :, block])
+                kept = _kept(powers, rate, dropout_keys, _place(i, block, j))
+                turned_value = _turned(values[j][:, :, seen])
+                of_weights = jnp.matmul(of_own, turned_value, preferred_element_type=dtype)
+                of_scores = (powers * (of_weights * kept - inner[i][:, :, block])).astype(query.dtype)
+                weights = (powers * kept).astype(value.dtype)
+                of_query = of_query + jnp.matmul(of_scores, key, preferred_element_type=dtype)
+                of_key = of_key.at[j, :, :, seen].add(jnp.matmul(_turned(of_scores), own, preferred_element_type=dtype))
+                of_value = of_value.at[j, :, :, seen].add(
+                    jnp.matmul(_turned(weights), of_own, preferred_element_type=dtype)
+                )
+                return of_query, of_key, of_value
+
+            start = (jnp.zeros(own.shape, dtype), *sums)
+            sums = jax.lax.fori_loop(_first_slab(i, block, width, window), i, with_keys, start)
+            return with_keys(i, sums, _seen_of_own_slab(block, window))
+
+        of_queries = []
+        for block in _blocks(width):
+            of_query, *sums = of_block(sums, block)
+            of_queries.append((scale * of_query).astype(query.dtype))
+        return tuple(sums), jnp.concatenate(of_queries, 2)
 
     zeros = (jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype))
-    (of_key, of_value), of_query = jax.lax.scan(of_queries, zeros, jnp.arange(len(queries), dtype=jnp.int32))
+    (of_key, of_value), of_query = jax.lax.scan(of_slab, zeros, jnp.arange(len(queries), dtype=jnp.int32))
     of_key, of_value = (scale * _joined(of_key)).astype(key.dtype), _joined(of_value).astype(value.dtype)
-    return _joined(_turned(of_query)), of_key, of_value, None, None, None
+    return _joined(of_query), of_key, of_value, None, None, None
 
 
 blocked_attention.defvjp(_blocked_forward, _blocked_backward)
@@ -198,51 +217,63 @@ def _visible(queries: int, keys: int, ahead: Any, window: int | None) -> Bool[Ar
     return seen[None, None]
 
 
-def _mask_of_pair(i: Array, j: Array, diagonal: bool, window: int | None) -> Bool[Array, "1 1 block block"] | None:
-    """Of a block of queries and one of keys before it, of which all is seen if there is no window."""
-    return _visible(BLOCK, BLOCK, (i - j) * BLOCK, window) if diagonal or window is not None else None
+def _blocks(width: int) -> list[slice]:
+    """The blocks of queries in a slab."""
+    return [slice(start, start + BLOCK) for start in range(0, width, BLOCK)]
 
 
-def _first_block(i: Array, window: int | None) -> Array | int:
-    """The first block of keys of which block i of queries sees anything."""
-    return 0 if window is None else jnp.maximum(0, i - (window + BLOCK - 2) // BLOCK)
+def _seen_of_own_slab(block: slice, window: int | None) -> slice:
+    """The keys of a block's own slab that it sees any of."""
+    return slice(0 if window is None else max(0, block.start - window + 1) // BLOCK * BLOCK, block.stop)
 
 
-def _kept(powers: Array, rate: float, keys: DropoutKeys, place: Any, *, turned: bool = False) -> Array | float:
-    """What dropout multiplies weights by, 0 or 1 / (1 - rate): the same in the backward pass, be it turned."""
+def _first_slab(i: Array, block: slice, width: int, window: int | None) -> Array | int:
+    """The first slab of keys of which a block of slab i of queries sees anything."""
+    return 0 if window is None else jnp.maximum(0, (i * width + block.start - window + 1) // width)
+
+
+def _mask_of_pair(query: Array, key: Array, seen: slice, own: bool, window: int | None) -> Any:
+    """Of a block of queries and the keys `seen` of one slab, which begin at these places; None: all of them."""
+    ahead = query - key
+    return _visible(BLOCK, seen.stop - seen.start, ahead, window) if own or window is not None else None
+
+
+def _kept(powers: Array, rate: float, keys: DropoutKeys, place: Any) -> Array | float:
+    """What dropout multiplies weights by, 0 or 1 / (1 - rate): the same in the backward pass."""
     if keys is None or rate == 0.0:
         return 1.0
-    shape = (powers.shape[1], *powers.shape[:1:-1]) if turned else powers.shape[1:]
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, place)
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape))(keys)
-    kept = jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(powers.dtype)
-    return _turned(kept) if turned else kept
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, powers.shape[1:]))(keys)
+    return jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(powers.dtype)
 
 
-def _place(i: Array, j: Array) -> Array:
-    """A number of its own for each pair of blocks, j <= i."""
-    return i * (i + 1) // 2 + j
+def _place(i: Array, block: slice, j: Array) -> Array:
+    """A number of its own for each pair of a block of queries and a slab of keys, j <= i."""
+    return (i * (i + 1) // 2 + j) * (SLAB // BLOCK) + block.start // BLOCK
 
 
-def _in_blocks(x: Float[Array, "B N T H"]) -> Float[Array, "blocks B N block H"]:
-    """Blocks first, so that each lies in one piece."""
-    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, BLOCK, x.shape[-1]), 2, 0)
+def _in_slabs(x: Float[Array, "B N T H"]) -> Float[Array, "slabs B N width H"]:
+    """Slabs first, so that each lies in one piece."""
+    slabs = -(-x.shape[2] // SLAB)
+    return jnp.moveaxis(x.reshape(*x.shape[:2], slabs, -1, x.shape[-1]), 2, 0)
 
 
-def _joined(blocks: Float[Array, "blocks B N block H"]) -> Float[Array, "B N T H"]:
-    return jnp.moveaxis(blocks, 0, 2).reshape(*blocks.shape[1:3], -1, blocks.shape[-1])
+def _joined(slabs: Float[Array, "slabs B N width H"]) -> Float[Array, "B N T H"]:
+    return jnp.moveaxis(slabs, 0, 2).reshape(*slabs.shape[1:3], -1, slabs.shape[-1])
 
 
 def _turned(x: Shaped[Array, "... R C"]) -> Shaped[Array, "... C R"]:
     return x.swapaxes(-1, -2)
 
 
-def _segments_in_blocks(segments: Any) -> Any:
+def _segments_in_slabs(segments: Segments) -> Int[Array, "slabs B width"] | None:
+    """Of queries and keys alike: where attention is causal, they have the same."""
     if segments is None:
         return None
-    return tuple(x.reshape(len(x), -1, BLOCK).swapaxes(0, 1) for x in segments)
+    numbers = segments[0]
+    return numbers.reshape(len(numbers), -(-numbers.shape[1] // SLAB), -1).swapaxes(0, 1)
 
 
-def _pair_of(numbers: Any, rows: Array, columns: Array) -> Any:
-    """The numbers of two blocks; queries and keys are numbered alike where attention is causal."""
-    return None if numbers is None else (numbers[0][rows], numbers[0][columns])
+def _pair_of(numbers: Any, i: Array, block: slice, j: Array, seen: slice) -> Segments:
+    """The segments of a block of queries and of the keys `seen` of one slab."""
+    return None if numbers is None else (numbers[i][:, block], numbers[j][:, seen])
