@@ -24,14 +24,18 @@ def test_attention_is_the_formula(implementation):
             np.testing.assert_allclose(result[b, :, n], weights @ np.array(value[b, :, n]), atol=1e-5)
 
 
-def value_and_gradients(inputs, **options):
-    """Of what every query gives, weighted anyhow; a query that sees nothing counts for nothing."""
-    weights = jnp.array(np.random.default_rng(9).normal(size=inputs[0].shape), inputs[0].dtype)
+def differentiated(**options):
+    """A compiled function of (query, key, value): the sum of what every query gives, weighted anyhow; its gradients."""
 
     def total(qkv):
-        return jnp.sum(attention(*qkv, **options) * weights)
+        weights = np.random.default_rng(9).normal(size=qkv[0].shape)
+        return jnp.sum(attention(*qkv, **options) * jnp.array(weights, qkv[0].dtype))
 
-    return jax.jit(jax.value_and_grad(total))(inputs)
+    return jax.jit(jax.value_and_grad(total))
+
+
+def value_and_gradients(inputs, **options):
+    return differentiated(**options)(inputs)
 
 
 def assert_equal(ours, theirs, atol=1e-10):
@@ -90,13 +94,12 @@ def test_the_gradient_with_dropout_is_the_derivative(x64, length):
     direction = random_heads(2, 2, length, 2, 4, jnp.float64)
     keys = jax.random.split(jax.random.key(3), 2)
     options = {"causal": True, "implementation": "blocked", "dropout_rate": 0.4, "dropout_keys": keys}
-    _, gradients = value_and_gradients(inputs, **options)
+    compiled = differentiated(**options)
+    _, gradients = compiled(inputs)
     step = 1e-6
 
     def moved(sign):
-        return value_and_gradients(
-            tuple(x + sign * step * d for x, d in zip(inputs, direction, strict=True)), **options
-        )[0]
+        return compiled(tuple(x + sign * step * d for x, d in zip(inputs, direction, strict=True)))[0]
 
     slope = sum(jnp.vdot(g, d) for g, d in zip(gradients, direction, strict=True))
     np.testing.assert_allclose((moved(1) - moved(-1)) / (2 * step), slope, rtol=1e-6)
