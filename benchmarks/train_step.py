@@ -169,7 +169,7 @@ def measure(config: TrainConfig, options: Options) -> dict[str, Any]:
             apart = abs(losses["ours"] / value - 1)
             require(config.model.dropout > 0 or apart < CLOSE, f"{name} is not the same model: first losses {losses}")
         memory = {name: measured_memory(worker) for name, worker in workers.items()}
-        turns = {name: functools.partial(turn, worker, options.steps) for name, worker in workers.items()}
+        turns = {name: functools.partial(worker.seconds, options.steps) for name, worker in workers.items()}
         results = in_turn(turns, options.rounds, "tokens_per_second", config.tokens_per_step * options.steps)
     for name, row in results.items():
         rate = row["tokens_per_second"]
@@ -188,11 +188,6 @@ def measure(config: TrainConfig, options: Options) -> dict[str, Any]:
         "first_losses": losses,
         "results": results,
     }
-
-
-def turn(worker: Worker, steps: int) -> float:
-    """Seconds of a round's steps."""
-    return sum(worker.seconds(steps))
 
 
 def measured_memory(worker: Worker) -> tuple[int | None, str]:
