@@ -5,6 +5,7 @@ What is timed is the value and the gradients by queries, keys and values, all ra
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -18,7 +19,7 @@ import jaxgpt  # noqa: F401  (sets XLA's flags before JAX starts)
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import MEMORY_PROBE, PeakMemory, environment, in_turn, spelled
+from measure import MEMORY_PROBE, Worker, cores, environment, in_turn, spelled
 
 from jaxgpt.arguments import parse
 from jaxgpt.config import AttentionName, Dtype, require
@@ -57,8 +58,9 @@ class Options:
         require(self.vs == "none" or self.dtype == "float32", f"beside torch the dtype is float32, not {self.dtype}")
 
 
-def our_turn(inputs: Sequence[np.ndarray], options: Options) -> Callable[[], np.ndarray]:
+def our_turn(inputs: Sequence[np.ndarray], options: Options) -> tuple[Callable[[], np.ndarray], dict[str, Any]]:
     """A function that computes the gradients of the sum of what the heads give, and returns that by the queries."""
+    keep_freed_memory()
     attend = functools.partial(attention, causal=True, implementation=options.implementation)
 
     def total(query: Any, key: Any, value: Any, weights: Any) -> Any:
@@ -66,13 +68,14 @@ def our_turn(inputs: Sequence[np.ndarray], options: Options) -> Callable[[], np.
 
     program = jax.jit(jax.grad(total, (0, 1, 2)))
     arrays = [jnp.asarray(x, options.dtype) for x in inputs]
-    return lambda: np.asarray(jax.block_until_ready(program(*arrays))[0])
+    return lambda: np.asarray(jax.block_until_ready(program(*arrays))[0]), {"environment": environment()}
 
 
-def torch_turn(inputs: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
+def torch_turn(inputs: Sequence[np.ndarray]) -> tuple[Callable[[], np.ndarray], dict[str, Any]]:
     """The same of PyTorch; heads lie first there, as its kernel wants them."""
     import torch
 
+    torch.set_num_threads(cores())
     *parts, weights = (torch.from_numpy(np.ascontiguousarray(x.swapaxes(1, 2))) for x in inputs)
     query, key, value = (x.requires_grad_() for x in parts)
 
@@ -83,7 +86,7 @@ def torch_turn(inputs: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
         (heads * weights).sum().backward()
         return np.asarray(query.grad.numpy().swapaxes(1, 2))
 
-    return turn
+    return turn, {}
 
 
 def measure(length: int, options: Options) -> dict[str, Any]:
@@ -95,22 +98,22 @@ def measure(length: int, options: Options) -> dict[str, Any]:
     random = np.random.default_rng(length)
     shape = (options.batch_size, length, options.heads, options.head_width)
     inputs = [random.normal(size=shape).astype(np.float32) for _ in range(4)]
-    turns = {"ours": our_turn(inputs, options)}
-    if options.vs == "torch":
-        turns["torch"] = torch_turn(inputs)
-    found = {name: turn() for name, turn in turns.items()}
-    for name, theirs in found.items():
-        distance = float(np.linalg.norm(found["ours"] - theirs) / np.linalg.norm(theirs))
-        if not distance < 1e-3:
-            raise ValueError(
-                f"the gradients of {name} and ours are {distance:.1e} apart: they compute different things"
-            )
-    results = in_turn(turns, options.rounds, "calls_per_second", 1)
-    for name, turn in turns.items():
-        with PeakMemory() as probe:
-            turn()
-        results[name]["peak_memory_bytes"] = probe.growth
-    return {"length": length} | results
+    with contextlib.ExitStack() as stack:
+        workers = {"ours": stack.enter_context(Worker(our_turn, inputs, options))}
+        if options.vs == "torch":
+            workers["torch"] = stack.enter_context(Worker(torch_turn, inputs))
+        found = {name: worker.call() for name, worker in workers.items()}
+        for name, theirs in found.items():
+            distance = float(np.linalg.norm(found["ours"] - theirs) / np.linalg.norm(theirs))
+            if not distance < 1e-3:
+                raise ValueError(
+                    f"the gradients of {name} and ours are {distance:.1e} apart: they compute different things"
+                )
+        turns = {name: functools.partial(worker.seconds, 1) for name, worker in workers.items()}
+        results = in_turn(turns, options.rounds, "calls_per_second", 1)
+        for name, worker in workers.items():
+            results[name]["peak_memory_bytes"] = worker.peak_memory(1)
+    return workers["ours"].facts | {"length": length, "results": results}
 
 
 def table(options: Options, results: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
@@ -122,9 +125,7 @@ def table(options: Options, results: Sequence[dict[str, Any]], about: dict[str, 
         f"{'T':>6}  {'':8}{'ms':28}{'peak memory':16}ratio",
     ]
     for result in results:
-        for name, values in result.items():
-            if name == "length":
-                continue
+        for name, values in result["results"].items():
             rate, memory = values["calls_per_second"], values["peak_memory_bytes"]
             times = {"median": 1 / rate["median"], "min": 1 / rate["max"], "max": 1 / rate["min"]}
             size = "not measured" if memory is None else f"{memory / 2**20:,.0f} MiB"
@@ -138,12 +139,11 @@ def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     try:
         options = parse(Options, list(arguments), "attention.py")
-        keep_freed_memory()
         results = [measure(length, options) for length in options.lengths]
     except ValueError as error:
         print(f"attention.py: {error}", file=sys.stderr)
         return 2
-    about = environment()
+    about = results[0].pop("environment")
     print(table(options, results, about))
     if options.json:
         print(

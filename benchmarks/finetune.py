@@ -6,6 +6,7 @@ random token ids of random lengths, padded to the same length on both sides.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -18,7 +19,7 @@ import jaxgpt  # noqa: F401  (sets XLA's flags before JAX starts)
 # isort: split
 import jax
 import numpy as np
-from measure import environment, in_turn, spelled
+from measure import Worker, environment, in_turn, spelled
 from peers import torch_classifier_step
 
 from jaxgpt.arguments import parse
@@ -97,6 +98,7 @@ def our_step(
     config: FinetuneConfig, parameters: Any, batch: dict[str, np.ndarray], seed: int
 ) -> tuple[Callable[[], float], dict[str, Any]]:
     """A function that runs one step of the program itself, and how it is spread over devices."""
+    keep_freed_memory()
     layout = choose_layout(config.parallel, len(batch["row"]), "batch-size")
     optimizer = make_optimizer(config.optimizer, steps=1)
     step = functools.partial(train_step, loss=functools.partial(loss, config), optimizer=optimizer, seed=seed)
@@ -110,32 +112,28 @@ def our_step(
         state, metrics = program(state, placed, np.float32(0))
         return float(metrics["loss"])
 
-    return run, {"strategy": layout.strategy, "devices": len(layout.devices)}
+    return run, {"strategy": layout.strategy, "devices": len(layout.devices), "environment": environment()}
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Examples a second of both sides' steps, in turn; first, that their losses are the same."""
     config, batch = configure(options), make_batch(options)
-    parameters = combine(*initial.separated(config, jax.random.key(options.seed), None))
-    ours, facts = our_step(config, parameters, batch, options.seed)
-    runs = {"ours": ours}
-    if options.vs == "torch":
-        runs["torch"] = torch_classifier_step(config, parameters, batch)
-    facts |= {"parameters": count_parameters(parameters)}
-    del parameters
-    losses = {name: [step() for _ in range(3)] for name, step in runs.items()}  # compiles, too
-    for name, theirs in losses.items():
-        # A loss of nearly nothing, which is where a few examples are after a step or two, is rounding on both sides.
-        apart = max(abs(a - b) / max(b, 0.01) for a, b in zip(losses["ours"], theirs, strict=True))
-        require(options.dropout > 0 or apart < CLOSE, f"{name} is not the same model: losses {losses}")
-
-    def turn(step: Callable[[], float]) -> None:
-        for _ in range(options.steps):
-            step()
-
-    turns = {name: functools.partial(turn, step) for name, step in runs.items()}
-    examples = options.batch_size * options.steps
-    return facts | {"losses": losses, "results": in_turn(turns, options.rounds, "examples_per_second", examples)}
+    parameters = jax.tree.map(np.asarray, combine(*initial.separated(config, jax.random.key(options.seed), None)))
+    with contextlib.ExitStack() as stack:
+        workers = {"ours": stack.enter_context(Worker(our_step, config, parameters, batch, options.seed))}
+        if options.vs == "torch":
+            workers["torch"] = stack.enter_context(Worker(torch_classifier_step, config, parameters, batch))
+        facts = workers["ours"].facts | {"parameters": count_parameters(parameters)}
+        del parameters
+        losses = {name: [worker.call() for _ in range(3)] for name, worker in workers.items()}  # compiles, too
+        for name, theirs in losses.items():
+            # A loss of nearly nothing, where a few examples are after a step or two, is rounding on both sides.
+            apart = max(abs(a - b) / max(b, 0.01) for a, b in zip(losses["ours"], theirs, strict=True))
+            require(options.dropout > 0 or apart < CLOSE, f"{name} is not the same model: losses {losses}")
+        turns = {name: functools.partial(worker.seconds, options.steps) for name, worker in workers.items()}
+        examples = options.batch_size * options.steps
+        results = in_turn(turns, options.rounds, "examples_per_second", examples)
+    return facts | {"losses": losses, "results": results}
 
 
 def table(options: Options, result: dict[str, Any]) -> str:
@@ -159,12 +157,11 @@ def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     try:
         options = parse(Options, list(arguments), "finetune.py")
-        keep_freed_memory()
         result = measure(options)
     except ValueError as error:
         print(f"finetune.py: {error}", file=sys.stderr)
         return 2
-    result = {"benchmark": "finetune", "options": asdict(options)} | result | {"environment": environment()}
+    result = {"benchmark": "finetune", "options": asdict(options)} | result
     print(table(options, result))
     if options.json:
         print(json.dumps(result))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import datetime
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ MEMORY_PROBE = (
     "bytes of the state before the first step, plus the growth of the process's peak resident set (VmHWM) over the "
     "steps; freed memory is returned and the peak reset after compilation"
 )
+# (arguments) -> a call, and what is known of it before; run in the contestant's own process
+Build = Callable[..., tuple[Callable[..., Any], dict[str, Any]]]
 # OpenMP's threads spin for up to 200 ms after a peer's call, on the cores that the next call is to be timed on.
 PAUSE_SECONDS = 0.25
 
@@ -77,15 +81,104 @@ def spelled(values: dict[str, float], scale: float = 1.0, digits: int = 1) -> st
     return f"{median} ({least} to {greatest})"
 
 
+class Worker:
+    """A contestant in a process of its own, which waits at its pipe while others have their turn.
+
+    Two in one process break up the memory that the other has freed, so that its next step faults it in anew; and nobody
+    runs two in one.
+    """
+
+    def __init__(self, build: Build, *arguments: Any) -> None:
+        """Start the process; there, `build(*arguments)` makes what is called, and `facts`, what is known of it.
+
+        Args:
+            build: a function that its module has by name.
+
+        Raises:
+            ValueError: `build` did.
+            RuntimeError: the process ended.
+        """
+        context = multiprocessing.get_context("spawn")  # a fork would take over threads that are not there
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, build, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.facts: dict[str, Any] = self._answer()
+
+    def call(self, *arguments: Any) -> Any:
+        """What one call returns."""
+        return self._ask("call", 1, arguments)
+
+    def seconds(self, times: int, *arguments: Any) -> float:
+        """Seconds of so many calls, one after another, taken there."""
+        return self._ask("seconds", times, arguments)
+
+    def peak_memory(self, times: int, *arguments: Any) -> int | None:
+        """Growth of the process's memory over so many calls (see `PeakMemory`)."""
+        return self._ask("memory", times, arguments)
+
+    def _ask(self, what: str, times: int, arguments: Sequence[Any]) -> Any:
+        self._pipe.send((what, times, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"a contestant's process ended with exit code {self._process.exitcode}") from None
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, build: Build, arguments: Sequence[Any]) -> None:
+    """Answer a worker's requests until the pipe is closed; any error but `ValueError` ends the process."""
+    try:
+        call, facts = build(*arguments)
+        pipe.send(facts)
+    except ValueError as error:
+        pipe.send(error)
+        return
+    while True:
+        try:
+            what, times, given = pipe.recv()
+        except EOFError:
+            return
+        if what == "seconds":
+            start = time.perf_counter()
+            for _ in range(times):
+                call(*given)
+            pipe.send(time.perf_counter() - start)
+        elif what == "memory":
+            with PeakMemory() as probe:
+                for _ in range(times):
+                    call(*given)
+            pipe.send(probe.growth)
+        else:
+            pipe.send(call(*given))
+
+
 def in_turn(
-    turns: Mapping[str, Callable[[], object]], rounds: int, unit: str, amount: int
+    turns: Mapping[str, Callable[[], float]], rounds: int, unit: str, amount: float
 ) -> dict[str, dict[str, Any]]:
-    """Time everyone `rounds` times: how much of `amount` a second, and what ours is to theirs, by round."""
+    """Give everyone `rounds` turns: how much of `amount` a second, and what ours is to theirs, by round.
+
+    Args:
+        turns: each does its work and returns the seconds that it took.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds):
         for name, turn in sorted(turns.items(), reverse=number % 2 == 1):  # nobody is always first
             time.sleep(PAUSE_SECONDS)
-            seconds[name].append(seconds_of(turn))
+            seconds[name].append(turn())
     results: dict[str, dict[str, Any]] = {}
     for name, values in seconds.items():
         results[name] = {unit: spread([amount / value for value in values])}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from measure import cores
 
-from jaxgpt.config import FinetuneConfig, TrainConfig
+from jaxgpt.config import FinetuneConfig, GPTConfig, TrainConfig, require
 from jaxgpt.models.heads import HEAD
 from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.huggingface import config_to_hf
@@ -26,66 +26,78 @@ Generator = Callable[[np.ndarray, int], list[list[int]]]
 CONVERT = "from ctranslate2.converters.transformers import main; main()"
 
 
-def torch_train_step(config: TrainConfig, vocab_size: int, tokens: np.ndarray) -> tuple[Callable[[], float], int]:
-    """The GPT-2 of `transformers` in PyTorch: a function that runs one training step, and the bytes of its parameters.
+def require_torch(config: GPTConfig) -> None:
+    """Raise `ValueError` unless torch and transformers are installed and the model is one that both peers can be."""
+    if not all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        raise ValueError("--vs torch and plain need torch and transformers: pip install torch transformers")
+    config_to_hf(config, None)
+    plain = config.norm == "pre" and config.tied_head and config.activation == "gelu_new" and config.scale_attention
+    require(plain and not config.scale_attention_by_layer, "beside PyTorch the model must be GPT-2's, of any size")
+
+
+def torch_train_step(
+    peer: str, config: TrainConfig, tokens: np.ndarray, tensors: Mapping[str, np.ndarray], compiled: bool
+) -> tuple[Callable[[], dict[str, Any]], dict[str, Any]]:
+    """GPT-2 in PyTorch, with our weights: a function that runs one training step, and what is known of it.
 
     Same shape, batch, clipping and AdamW settings as ours; float32, all cores, `scaled_dot_product_attention`, the
-    fused AdamW. Learning rate constant: a schedule costs nothing.
+    fused AdamW, gradients freed as soon as they are used. Learning rate constant: a schedule costs nothing.
 
     Args:
+        peer: `torch`, the GPT-2 of `transformers`, or `plain`, that of `plain_gpt`.
         tokens: (B, T + 1) token ids; the model predicts each from those before it.
-
-    Raises:
-        ValueError: torch or transformers is not installed.
+        tensors: the weights, as GPT-2's files name them.
+        compiled: through `torch.compile`, but for the optimiser.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ValueError("--vs torch needs torch and transformers: pip install torch transformers") from error
-    transformers.logging.set_verbosity_error()
+    import torch
+    from plain_gpt import adamw
+
     torch.set_num_threads(cores())
     torch.manual_seed(0)
-    model_config, optimizer_config = config.model, config.optimizer
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "n_positions": model_config.context,
-        "n_embd": model_config.width,
-        "n_layer": model_config.layers,
-        "n_head": model_config.heads,
-        "n_inner": model_config.hidden_width,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model_config.dropout)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings, **drops, attn_implementation="sdpa"))
-    model.train()
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optimizer_config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (optimizer_config.beta1, optimizer_config.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=optimizer_config.learning_rate, betas=betas, fused=True)
+    vocab_size = config.model.vocab_size
+    model, logits_of = torch_gpt(peer, config.model, tensors)
+    optimizer = adamw(model, config.optimizer)
     inputs = torch.from_numpy(tokens[:, :-1].astype(np.int64))
     targets = torch.from_numpy(tokens[:, 1:].astype(np.int64)).reshape(-1)
 
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        logits = model(inputs, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.view(-1, vocab_size), targets)
-        loss.backward()
-        if optimizer_config.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, optimizer_config.clip_norm)
-        optimizer.step()
-        return loss.item()
+    def loss_of_batch() -> Any:
+        return torch.nn.functional.cross_entropy(logits_of(inputs).view(-1, vocab_size), targets)
 
-    return step, sum(p.numel() * p.element_size() for p in parameters)
+    forward = torch.compile(loss_of_batch) if compiled else loss_of_batch
+
+    def step() -> dict[str, Any]:
+        loss = forward()
+        loss.backward()
+        if config.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.item()}
+
+    # Parameters and the two moments, which the first step makes.
+    return step, {"state_bytes": 3 * sum(p.numel() * p.element_size() for p in model.parameters())}
+
+
+def torch_gpt(peer: str, config: GPTConfig, tensors: Mapping[str, np.ndarray]) -> tuple[Any, Callable[[Any], Any]]:
+    """A model for training, and a function of tokens (B, T) that gives its logits (B, T, V); see `torch_train_step`."""
+    import torch
+    import transformers
+    from plain_gpt import PlainGPT
+
+    if peer == "plain":
+        plain = PlainGPT(config).train()
+        plain.load(tensors)
+        return plain, plain
+    transformers.logging.set_verbosity_error()
+    described = config_to_hf(config, None) | {"attn_implementation": "sdpa"}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**described)).train()
+    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}, strict=False)
+    return model, lambda tokens: model(tokens, use_cache=False).logits
 
 
 def torch_classifier_step(
     config: FinetuneConfig, parameters: Any, batch: Mapping[str, np.ndarray]
-) -> Callable[[], float]:
+) -> tuple[Callable[[], float], dict[str, Any]]:
     """`GPT2ForSequenceClassification` of `transformers` with our weights: a function that runs one training step.
 
     Same examples, clipping and AdamW settings as ours; float32, all cores, `scaled_dot_product_attention`, the fused
@@ -136,7 +148,7 @@ def torch_classifier_step(
         optimizer.step()
         return loss.item()
 
-    return step
+    return step, {}
 
 
 def require_generators(names: Sequence[str]) -> None:

@@ -1,15 +1,15 @@
-"""Speed and memory of one training step: `python benchmarks/train_step.py [RECIPE] [--vs torch] [--json]`.
+"""Speed and memory of one training step: `python benchmarks/train_step.py [RECIPE] [--vs torch plain] [--json]`.
 
-The step is the program's own, from the recipe's config; the data is random token ids.
+The step is the program's own, from the recipe's config; the data is random token ids. Everyone runs in a process of
+its own, has the same weights, and takes a turn in each round.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -19,20 +19,23 @@ import jaxgpt  # noqa: F401  (sets XLA's flags before JAX starts)
 # isort: split
 import jax
 import numpy as np
-from measure import MEMORY_PROBE, PAUSE_SECONDS, PeakMemory, environment, measured_peak_flops, seconds_of, spread
-from peers import torch_train_step
+from measure import MEMORY_PROBE, Worker, environment, in_turn, measured_peak_flops, seconds_of, spelled
+from peers import require_torch, torch_train_step
 
 from jaxgpt import recipes
 from jaxgpt.arguments import parse
 from jaxgpt.config import Dtype, Strategy, TrainConfig, require
 from jaxgpt.environment import keep_freed_memory
 from jaxgpt.models.gpt import init_parameters
+from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.weights import export_tensors
 from jaxgpt.tasks.lm import loss
 from jaxgpt.training.metrics import chip_peak_flops, count_parameters, training_flops_per_token
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import choose_layout
 from jaxgpt.training.step import TrainState, train_step
 
+CLOSE = 1e-4  # relative: first losses further apart are those of different models
 FORMULA = "(6 N + 12 L T D) x tokens/s / peak; N: parameters of blocks and head"
 
 
@@ -54,18 +57,21 @@ class Options:
     """steps a round"""
     rounds: int = 5
     """rounds; beside a peer they alternate with its own"""
-    vs: Literal["none", "torch"] = "none"
-    """measure PyTorch's GPT-2 (transformers) in the same run"""
+    vs: tuple[Literal["torch", "plain"], ...] = ()
+    """measure PyTorch in the same run: GPT-2 of transformers (torch), one written plainly for speed (plain), or both"""
+    compile: bool = False
+    """the peers through torch.compile"""
     json: bool = False
     """print one JSON object last"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "rounds"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(bool(self.vs) or not self.compile, "compile is of the peers; it needs --vs")
 
 
-def configure(recipe: str, options: Options) -> tuple[TrainConfig, int]:
-    """The recipe with the options applied, and its vocabulary size: where the model leaves it open, the tokenizer's."""
+def configure(recipe: str, options: Options) -> TrainConfig:
+    """The recipe with the options applied; a vocabulary that the model leaves open has the tokenizer's size."""
     config = recipes.recipe(recipe)
     if not isinstance(config, TrainConfig):
         raise ValueError(f"{recipe} trains no GPT; benchmarks/translate.py measures translation")
@@ -75,15 +81,25 @@ def configure(recipe: str, options: Options) -> tuple[TrainConfig, int]:
     if options.gradient_accumulation is not None:
         parallel = replace(parallel, gradient_accumulation=options.gradient_accumulation)
     data = replace(data, sequence_length=options.sequence_length or data.sequence_length)
-    dtype: Dtype = options.compute_dtype or ("float32" if options.vs == "torch" else model.compute_dtype)
+    dtype: Dtype = options.compute_dtype or ("float32" if options.vs else model.compute_dtype)
     by_kind = {"character": 66, "byte": 257}  # tinyshakespeare's characters and end-of-text; bytes and end-of-text
     vocab_size = model.vocab_size or by_kind.get(data.tokenizer, data.vocab_size)
     model = replace(model, compute_dtype=dtype, vocab_size=vocab_size)
-    return replace(config, model=model, data=data, parallel=parallel), vocab_size
+    if options.vs:
+        require_torch(model)
+    return replace(config, model=model, data=data, parallel=parallel)
 
 
-def our_step(config: TrainConfig, tokens: np.ndarray) -> tuple[Callable[[], float], dict[str, Any]]:
-    """A function that runs one step of the program itself, and what is known before it runs."""
+def our_step(
+    config: TrainConfig, tokens: np.ndarray, share: bool
+) -> tuple[Callable[[], dict[str, Any]], dict[str, Any]]:
+    """A function that runs one step of the program itself, and what is known before it runs.
+
+    Args:
+        tokens: (B, T + 1) token ids; the model predicts each from those before it.
+        share: with the initial weights, as GPT-2's files name them, for the peers.
+    """
+    keep_freed_memory()
     layout = choose_layout(config.parallel, config.data.batch_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = functools.partial(
@@ -109,107 +125,104 @@ def our_step(config: TrainConfig, tokens: np.ndarray) -> tuple[Callable[[], floa
         }
     )
     program: Any = layout.compile(step, scalars=1, donate=True)
-    position = np.float32(config.optimizer.warmup_steps)
+    position, device = np.float32(config.optimizer.warmup_steps), layout.devices[0]
+    peak = chip_peak_flops(device) or measured_peak_flops()
     facts = {
+        "environment": environment(),
         "strategy": layout.strategy,
         "devices": len(layout.devices),
         "parameters": count_parameters(state.parameters),
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+        "tensors": export_tensors(config.model, by_path(state.parameters)) if share else None,
+        "peak_flops": peak if device.platform == "cpu" else peak * len(layout.devices),  # virtual ones share the cores
         # Ahead of time, and not by way of the cache on disk, so that it is compilation that is measured.
         "compile_seconds": seconds_of(lambda: program.lower(state, batch, position).compile()),
     }
 
-    def run() -> float:
+    def run() -> dict[str, Any]:
         nonlocal state
         state, metrics = program(state, batch, position)
-        return float(metrics["loss"])
+        return {"loss": float(metrics["loss"])} | (device.memory_stats() or {})
 
     return run, facts
 
 
-def measure(config: TrainConfig, vocab_size: int, options: Options) -> dict[str, Any]:
-    """Time the steps, ours and the peer's in turn, and their memory."""
-    length = config.sequence_length
+def measure(config: TrainConfig, options: Options) -> dict[str, Any]:
+    """Time the steps, ours and the peers' in turn, and their memory.
+
+    Raises:
+        ValueError: the losses of the first step are not the same.
+    """
+    length, vocab_size = config.sequence_length, config.model.vocab_size or 0
     shape = (config.data.batch_size, length + 1)
     tokens = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
-    device = jax.devices()[0]
-    peak = chip_peak_flops(device) or measured_peak_flops()
-
-    ours, facts = our_step(config, tokens)
-    ours()  # the first call loads what was compiled
-    runs: dict[str, Callable[[], float]] = {"ours": ours}
-    start_bytes = {"ours": facts["state_bytes"]}
-    if options.vs == "torch":
-        runs["theirs"], start_bytes["theirs"] = torch_train_step(config, vocab_size, tokens)
-    memory: dict[str, int | None] = {}
-    for name, step in runs.items():
-        with PeakMemory() as probe:
-            step()
-            step()
-        memory[name] = None if probe.growth is None else probe.growth + start_bytes[name]
-    stats = device.memory_stats() or {}
-    memory["ours"] = stats.get("peak_bytes_in_use", memory["ours"])
-
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.rounds):
-        for name, step in runs.items():
-            time.sleep(PAUSE_SECONDS)
-            seconds[name] += [seconds_of(step) for _ in range(options.steps)]
-
-    per_step = config.tokens_per_step
-    rate = {name: spread([per_step / value for value in values]) for name, values in seconds.items()}
-    flops = training_flops_per_token(config.model, length, vocab_size)
-    peak_of_all = peak * facts["devices"] if device.platform != "cpu" else peak  # virtual devices share the cores
-    result = facts | {
-        "tokens_per_step": per_step,
-        "tokens_per_second": rate["ours"]["median"],
-        "seconds_per_step": spread(seconds["ours"]),
-        "total_seconds": {name: math.fsum(values) for name, values in seconds.items()},
-        "mfu": flops * rate["ours"]["median"] / peak_of_all,
-        "mfu_formula": FORMULA,
-        "peak_flops": peak_of_all,
-        "peak_memory_bytes": memory["ours"],
-        "peak_memory_probe": MEMORY_PROBE if device.platform == "cpu" else "device.memory_stats()['peak_bytes_in_use']",
-        "ours": rate["ours"],
-    }
-    if "theirs" in runs:
-        result |= {
-            "peer": "torch",
-            "theirs": rate["theirs"],
-            "ratio": rate["ours"]["median"] / rate["theirs"]["median"],
-            "peer_peak_memory_bytes": memory["theirs"],
+    with contextlib.ExitStack() as stack:
+        workers = {"ours": stack.enter_context(Worker(our_step, config, tokens, bool(options.vs)))}
+        facts = workers["ours"].facts
+        tensors = facts.pop("tensors")
+        for peer in options.vs:
+            worker = Worker(torch_train_step, peer, config, tokens, tensors, options.compile)
+            workers[peer] = stack.enter_context(worker)
+        del tensors
+        losses = {name: worker.call()["loss"] for name, worker in workers.items()}  # loads what was compiled, too
+        for name, value in losses.items():
+            apart = abs(losses["ours"] / value - 1)
+            require(config.model.dropout > 0 or apart < CLOSE, f"{name} is not the same model: first losses {losses}")
+        memory = {name: measured_memory(worker) for name, worker in workers.items()}
+        turns = {name: functools.partial(worker.seconds, options.steps) for name, worker in workers.items()}
+        results = in_turn(turns, options.rounds, "tokens_per_second", config.tokens_per_step * options.steps)
+    for name, row in results.items():
+        rate = row["tokens_per_second"]
+        row["seconds_per_step"] = {
+            "median": config.tokens_per_step / rate["median"],
+            "min": config.tokens_per_step / rate["max"],
+            "max": config.tokens_per_step / rate["min"],
         }
-    return result
+        row["peak_memory_bytes"], row["peak_memory_probe"] = memory[name]
+    flops = training_flops_per_token(config.model, length, vocab_size)
+    mfu = flops * results["ours"]["tokens_per_second"]["median"] / facts["peak_flops"]
+    return facts | {
+        "tokens_per_step": config.tokens_per_step,
+        "mfu": mfu,
+        "mfu_formula": FORMULA,
+        "first_losses": losses,
+        "results": results,
+    }
+
+
+def measured_memory(worker: Worker) -> tuple[int | None, str]:
+    """Peak memory of a contestant's steps, in bytes, and how it was measured."""
+    growth = worker.peak_memory(2)
+    if "peak_bytes_in_use" in (stats := worker.call()):
+        return stats["peak_bytes_in_use"], "device.memory_stats()['peak_bytes_in_use']"
+    return None if growth is None else growth + worker.facts["state_bytes"], MEMORY_PROBE
 
 
 def table(recipe: str, config: TrainConfig, result: dict[str, Any]) -> str:
     """The result for people."""
-    model, about = config.model, result["environment"]
-    step, gib = result["seconds_per_step"], 2**30
-
-    def size(value: int | None) -> str:
-        return "not measured on this system" if value is None else f"{value / gib:.3f} GiB"
-
+    model, about, results = config.model, result["environment"], result["results"]
+    own = results["ours"]
+    versions = ", ".join(
+        f"{name} {about['versions'][name]}" for name in ("jax", "torch", "transformers") if name in about["versions"]
+    )
     lines = [
         ("recipe", f"{recipe}: {result['parameters'] / 1e6:.2f}M parameters, {model.compute_dtype}, random token ids"),
         ("shape", f"{config.data.batch_size} x {config.sequence_length} tokens a step"),
-        ("machine", f"{about['processor']}, {about['cores']} cores; jax {about['versions']['jax']}; {about['date']}"),
+        ("machine", f"{about['processor']}, {about['cores']} cores; {versions}; {about['date']}"),
         ("runs on", f"{result['devices']} device(s), {result['strategy']}"),
         ("compile", f"{result['compile_seconds']:.2f} s"),
-        ("step", f"{step['median'] * 1e3:.1f} ms, median ({step['min'] * 1e3:.1f} to {step['max'] * 1e3:.1f})"),
-        ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
         ("MFU", f"{result['mfu']:.1%} of {result['peak_flops'] / 1e9:,.0f} GFLOP/s; {FORMULA}"),
-        ("memory", f"{size(result['peak_memory_bytes'])}, peak of the steps"),
-        ("", f"({result['peak_memory_probe']})"),
+        ("memory", own["peak_memory_probe"]),
+        ("figures", "median (least to greatest) of the rounds; ratio: ours over theirs, above 1 is faster"),
+        ("", f"{'':<8}{'tokens/s':<32}{'ms a step':<32}{'peak memory':<14}ratio"),
     ]
-    if "peer" in result:
-        theirs = result["theirs"]
-        lines += [
-            ("PyTorch", f"{theirs['median']:,.0f} tokens/s ({theirs['min']:,.0f} to {theirs['max']:,.0f})"),
-            ("its memory", size(result["peer_peak_memory_bytes"])),
-            ("ratio", f"{result['ratio']:.2f} (ours over theirs; above 1 is faster)"),
-        ]
-    return "\n".join(f"{name:<11}{value}" for name, value in lines)
+    for name, row in results.items():
+        size = row["peak_memory_bytes"]
+        memory = "not measured" if size is None else f"{size / 2**30:.3f} GiB"
+        ratio = spelled(row["ratio"], digits=2) if "ratio" in row else ""
+        rate, step = spelled(row["tokens_per_second"], digits=0), spelled(row["seconds_per_step"], 1e3)
+        lines.append(("", f"{name:<8}{rate:<32}{step:<32}{memory:<14}{ratio}"))
+    return "\n".join(f"{name:<11}{value}".rstrip() for name, value in lines)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -218,14 +231,12 @@ def main(arguments: Sequence[str]) -> int:
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "shakespeare-char-cpu"
     try:
         options = parse(Options, rest, "train_step.py [RECIPE]")
-        config, vocab_size = configure(recipe, options)
-        keep_freed_memory()
-        result = measure(config, vocab_size, options)
+        config = configure(recipe, options)
+        result = measure(config, options)
     except ValueError as error:
         print(f"train_step.py: {error}", file=sys.stderr)
         return 2
     result = {"benchmark": "train_step", "recipe": recipe, "options": asdict(options)} | result
-    result["environment"] = environment()
     print(table(recipe, config, result))
     if options.json:
         print(json.dumps(result))

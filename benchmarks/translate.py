@@ -6,6 +6,7 @@ the same weights, and take turns with us.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import statistics
@@ -19,7 +20,7 @@ import jaxgpt  # noqa: F401  (sets XLA's flags before JAX starts)
 # isort: split
 import jax
 import numpy as np
-from measure import agreement, environment, in_turn, spelled
+from measure import Worker, agreement, environment, in_turn, spelled
 from translation_peers import Translator, marian_translator, require_torch, torch_translation_step
 
 from jaxgpt.arguments import parse
@@ -126,6 +127,7 @@ def our_step(
     config: TransformerConfig, parameters: Any, batch: dict[str, np.ndarray], seed: int
 ) -> tuple[Callable[[], float], dict[str, Any]]:
     """A function that runs one step of the program itself, and how it is spread over devices."""
+    keep_freed_memory()
     layout = choose_layout(ParallelConfig(), len(batch["row"]), "batch-size")
     optimizer = make_optimizer(OPTIMIZER, steps=1, width=config.width)
     step = functools.partial(
@@ -147,30 +149,25 @@ def our_step(
 def measure_training(options: Options) -> dict[str, Any]:
     """Target tokens a second of everyone's steps, in turn; first, that their losses are the same."""
     config = configure(options)
-    parameters = init_parameters(config, jax.random.key(options.seed))
+    parameters = jax.tree.map(np.asarray, init_parameters(config, jax.random.key(options.seed)))
     batch = make_batch(options)
-    ours, facts = our_step(config, parameters, batch, options.seed)
-    runs = {"ours": ours}
-    if options.vs == "torch":
-        make = functools.partial(torch_translation_step, config, OPTIMIZER, SMOOTHING, parameters, batch)
-        runs["torch"] = make()
-        if options.compile:
-            runs["torch.compile"] = make(compiled=True)
-    facts |= {"parameters": count_parameters(parameters)}
-    losses = {name: [step() for _ in range(3)] for name, step in runs.items()}  # compiles, too
-    # Ours is a divergence, which is less by a constant.
-    losses["ours"] = [value + smoothing_entropy(SMOOTHING, options.vocab_size) for value in losses["ours"]]
-    for name, theirs in losses.items():
-        apart = max(abs(a - b) / b for a, b in zip(losses["ours"], theirs, strict=True))
-        require(options.dropout > 0 or apart < CLOSE, f"{name} is not the same model: losses {losses}")
-
-    def turn(step: Callable[[], float]) -> None:
-        for _ in range(options.steps):
-            step()
-
-    turns = {name: functools.partial(turn, step) for name, step in runs.items()}
-    tokens = int(batch["weights"].sum()) * options.steps
-    return facts | {"losses": losses, "results": in_turn(turns, options.rounds, "target_tokens_per_second", tokens)}
+    with contextlib.ExitStack() as stack:
+        workers = {"ours": stack.enter_context(Worker(our_step, config, parameters, batch, options.seed))}
+        if options.vs == "torch":
+            made = (config, OPTIMIZER, SMOOTHING, parameters, batch)
+            for name in ("torch", *(("torch.compile",) if options.compile else ())):
+                workers[name] = stack.enter_context(Worker(torch_translation_step, *made, name == "torch.compile"))
+        facts = workers["ours"].facts | {"parameters": count_parameters(parameters)}
+        losses = {name: [worker.call() for _ in range(3)] for name, worker in workers.items()}  # compiles, too
+        # Ours is a divergence, which is less by a constant.
+        losses["ours"] = [value + smoothing_entropy(SMOOTHING, options.vocab_size) for value in losses["ours"]]
+        for name, theirs in losses.items():
+            apart = max(abs(a - b) / b for a, b in zip(losses["ours"], theirs, strict=True))
+            require(options.dropout > 0 or apart < CLOSE, f"{name} is not the same model: losses {losses}")
+        turns = {name: functools.partial(worker.seconds, options.steps) for name, worker in workers.items()}
+        tokens = int(batch["weights"].sum()) * options.steps
+        results = in_turn(turns, options.rounds, "target_tokens_per_second", tokens)
+    return facts | {"losses": losses, "results": results}
 
 
 def talkative(parameters: Any, seed: int) -> Any:
@@ -186,8 +183,9 @@ def talkative(parameters: Any, seed: int) -> Any:
     return parameters | {"decoder": decoder | {"blocks": decoder["blocks"] | {"mlp_norm": norm}}}
 
 
-def our_translator(config: TransformerConfig, parameters: Any, end: int) -> Translator:
+def our_translator(config: TransformerConfig, parameters: Any, end: int) -> tuple[Translator, dict[str, Any]]:
     """The search behind `Translator`, with no token that ends a text."""
+    keep_freed_memory()
     decoder, laid_out = translation_decoder(config, end), jax.jit(decoding_parameters)(parameters)
 
     def translate(sources: Sequence[Sequence[int]], beams: int, new_tokens: int) -> list[list[int]]:
@@ -195,7 +193,7 @@ def our_translator(config: TransformerConfig, parameters: Any, end: int) -> Tran
         found = beam_search(decoder, laid_out, prompts, [new_tokens] * len(prompts), settings, ())
         return [list(best[0].tokens) for best in found]
 
-    return translate
+    return translate, {}
 
 
 def measure_decoding(options: Options) -> list[dict[str, Any]]:
@@ -205,25 +203,25 @@ def measure_decoding(options: Options) -> list[dict[str, Any]]:
     lengths = generator.integers(8, 25, options.sentences)
     sources = [generator.integers(0, end, length).tolist() for length in lengths]
     parameters = talkative(init_parameters(config, jax.random.key(options.seed)), options.seed)
-    runs = {"ours": our_translator(config, parameters, end)}
-    if options.vs == "torch":
-        runs["transformers"] = marian_translator(config, parameters, end)
-    del parameters
+    parameters = jax.tree.map(np.asarray, parameters)
     measured = []
-    for beams in options.beams:
-        made = {name: translate(sources, beams, options.new_tokens) for name, translate in runs.items()}  # compiles
-        for name, texts in made.items():
-            counts = sorted({len(text) for text in texts})
-            alike = len(texts) == len(sources) and counts == [options.new_tokens]
-            require(alike, f"{name} made {len(texts)} translations of {counts} tokens: not the same work")
-        turns = {
-            name: functools.partial(translate, sources, beams, options.new_tokens) for name, translate in runs.items()
-        }
-        results = in_turn(turns, options.rounds, "sentences_per_second", len(sources))
-        for name in results.keys() - {"ours"}:
-            results[name]["agreement"] = agreement(made["ours"], made[name])
-        distinct = statistics.mean(len(set(text)) for text in made["ours"])
-        measured.append({"beams": beams, "distinct_tokens_per_text": distinct, "results": results})
+    with contextlib.ExitStack() as stack:
+        workers = {"ours": stack.enter_context(Worker(our_translator, config, parameters, end))}
+        if options.vs == "torch":
+            workers["transformers"] = stack.enter_context(Worker(marian_translator, config, parameters, end))
+        for beams in options.beams:
+            task = (sources, beams, options.new_tokens)
+            made = {name: worker.call(*task) for name, worker in workers.items()}  # compiles
+            for name, texts in made.items():
+                counts = sorted({len(text) for text in texts})
+                alike = len(texts) == len(sources) and counts == [options.new_tokens]
+                require(alike, f"{name} made {len(texts)} translations of {counts} tokens: not the same work")
+            turns = {name: functools.partial(worker.seconds, 1, *task) for name, worker in workers.items()}
+            results = in_turn(turns, options.rounds, "sentences_per_second", len(sources))
+            for name in results.keys() - {"ours"}:
+                results[name]["agreement"] = agreement(made["ours"], made[name])
+            distinct = statistics.mean(len(set(text)) for text in made["ours"])
+            measured.append({"beams": beams, "distinct_tokens_per_text": distinct, "results": results})
     return measured
 
 
@@ -271,7 +269,6 @@ def main(arguments: Sequence[str]) -> int:
         configure(options)
         if options.vs == "torch":
             require_torch()
-        keep_freed_memory()
         result: dict[str, Any] = {"benchmark": "translate", "options": asdict(options)}
         if "train" in options.parts:
             result["training"] = measure_training(options)

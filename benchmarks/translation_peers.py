@@ -30,9 +30,8 @@ def torch_translation_step(
     smoothing: float,
     parameters: Mapping[str, Any],
     batch: Mapping[str, np.ndarray],
-    *,
     compiled: bool = False,
-) -> Callable[[], float]:
+) -> tuple[Callable[[], float], dict[str, Any]]:
     """`torch.nn.Transformer` between one scaled embedding and its transpose: a function that runs one training step.
 
     Float32, all cores, the fused Adam; post-norm without a last norm, and dropout where ours has it. PyTorch's layers
@@ -109,10 +108,12 @@ def torch_translation_step(
         optimizer.step()
         return loss.item()
 
-    return step
+    return step, {}
 
 
-def marian_translator(config: TransformerConfig, parameters: Mapping[str, Any], end: int) -> Translator:
+def marian_translator(
+    config: TransformerConfig, parameters: Mapping[str, Any], end: int
+) -> tuple[Translator, dict[str, Any]]:
     """Beam search of `transformers` by its `MarianMTModel`: float32, all cores, SDPA, its key-value cache.
 
     No token ends a text, so that all have as many new tokens as they may.
@@ -163,7 +164,7 @@ def marian_translator(config: TransformerConfig, parameters: Mapping[str, Any], 
             )
         return made[:, 1:].tolist()
 
-    return translate
+    return translate, {}
 
 
 def _layer(stack: Mapping[str, Any], number: int) -> dict[str, Any]:
