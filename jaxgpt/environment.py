@@ -10,6 +10,8 @@ import sys
 import warnings
 from pathlib import Path
 
+# Threads of XLA on CPU where their number must not depend on the machine; enough for 16 simulated devices.
+THREADS = "16"
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 # jaxlib 0.10.2 computes wrong sums in some fused reductions on CPU (jax-ml/jax#39103). With this value single matrix
 # products alone go to that library, which are right and faster there (a training step by 8%, a product of 8 rows by
@@ -36,7 +38,25 @@ def prepare_backend() -> None:
         flags = f"{flags} {FUSION_FLAG}={FUSION_VALUE}".strip()
         os.environ["XLA_FLAGS"] = flags
     if DEVICE_COUNT_FLAG in flags:
-        os.environ.setdefault("NPROC", "16")
+        os.environ.setdefault("NPROC", THREADS)
+
+
+def fix_threads() -> None:
+    """Let XLA on CPU have `THREADS` threads, whatever the cores: their number decides how it cuts a product's sums.
+
+    Raises:
+        ValueError: the user wants another number, or JAX has started with what the machine has.
+    """
+    given = os.environ.get("NPROC")
+    if given == THREADS:
+        return
+    if given is not None:
+        raise ValueError(f"strict-reproducibility computes with {THREADS} threads, but NPROC is {given}; unset it")
+    if _backend_is_running():
+        raise ValueError(
+            f"strict-reproducibility computes with {THREADS} threads, and JAX runs already: set NPROC={THREADS} before"
+        )
+    os.environ["NPROC"] = THREADS
 
 
 def _backend_is_running() -> bool:
@@ -74,7 +94,12 @@ def use_compilation_cache() -> None:
 
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    # Compiled for this processor by this jaxlib: entries of others are at best useless.
-    version = f"{importlib.metadata.version('jaxlib')}-{platform.machine()}"
+    # Compiled for this processor by this jaxlib, for so many threads: entries of others are at best useless.
+    version = "-".join([importlib.metadata.version("jaxlib"), platform.machine(), *_threads()])
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs" / version))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _threads() -> list[str]:
+    given = os.environ.get("NPROC")
+    return [] if given is None else [f"{given}-threads"]

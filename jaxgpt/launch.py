@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import TASKS, ChatConfig, FinetuneConfig, RunConfig, TrainConfig, TranslationConfig, flatten, to_dict
-from jaxgpt.environment import keep_freed_memory, use_compilation_cache
+from jaxgpt.environment import fix_threads, keep_freed_memory, use_compilation_cache
 from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path
 from jaxgpt.tasks import chat, finetuning, lm, translation
 from jaxgpt.tasks.preparation import Prepared
@@ -23,9 +23,11 @@ LOGGING = ("quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-
 SHOWN = ("sample-tokens", "sample-prompt", "samples", "validation-sentences")
 PLACES = (
     "data.path", "data.validation", "data.cache", "init-from", "parallel.strategy", "parallel.devices", "parallel.mesh",
-    "parallel.gradient-accumulation",
+    "parallel.gradient-accumulation", "parallel.virtual-shards",
 )  # fmt: skip
 FREE_ON_RESUME = frozenset((*BUDGETS, *LOGGING, *SHOWN, *PLACES))
+# What may not, in a run whose bits are to be the same: how a batch is cut into the sums that are added up.
+STRICT = frozenset(("parallel.gradient-accumulation", "parallel.virtual-shards"))
 PREPARE: Mapping[type[RunConfig], Callable[[Any, Callable[[str], None]], Prepared]] = {
     TrainConfig: lm.prepare,
     TranslationConfig: translation.prepare,
@@ -60,6 +62,8 @@ def train(
         FloatingPointError, OSError: the run failed; its last checkpoint is good.
     """
     report = report or Reporter()
+    if config.strict_reproducibility:
+        fix_threads()
     use_compilation_cache()
     keep_freed_memory()
     run = RunFolder(run_path(config, recipe))
@@ -67,7 +71,7 @@ def train(
     if not resuming:
         run.check_free()
     unit, size = config.batch_unit
-    layout = choose_layout(config.parallel, size, unit)
+    layout = choose_layout(config.parallel, size, unit, config.strict_reproducibility)
     prepared = PREPARE[type(config)](config, report.say)
     config = prepared.config
     if resuming:
@@ -99,8 +103,9 @@ def _check_same_run(run: RunFolder, prepared: Prepared) -> None:
     if run.describe()["data"] != prepared.data_fingerprint:
         raise ValueError(f"{run.path} was trained on other data, or with another tokenizer or split, than is given now")
     before = flatten(saved)
+    free = FREE_ON_RESUME - STRICT if saved.strict_reproducibility else FREE_ON_RESUME
     for key, value in flatten(prepared.config).items():
-        if key not in FREE_ON_RESUME and value != before[key]:
+        if key not in free and value != before[key]:
             raise ValueError(
                 f"{run.path} was trained with {key} {before[key]}, not {value}; resume it without that flag"
             )

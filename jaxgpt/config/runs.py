@@ -112,6 +112,8 @@ class ParallelConfig:
     """how many devices along each axis of a mesh, as in data=2,fsdp=2,tensor=2 (default, with mesh: all along data)"""
     gradient_accumulation: int = 1
     """micro-batches a device computes one after another for one step"""
+    virtual_shards: int = 8
+    """with strict-reproducibility: parts of every batch, each computed by itself; at most so many devices have work"""
 
     def __post_init__(self) -> None:
         require(self.devices is None or self.devices >= 1, f"parallel.devices is {self.devices}; it must be at least 1")
@@ -119,8 +121,9 @@ class ParallelConfig:
             self.mesh is None or self.strategy in ("auto", "mesh"),
             f"parallel.mesh is {self.mesh}, but parallel.strategy is {self.strategy}; with that it must be None",
         )
-        steps = self.gradient_accumulation
-        require(steps >= 1, f"parallel.gradient-accumulation is {steps}; it must be at least 1")
+        for name in ("gradient_accumulation", "virtual_shards"):
+            value = getattr(self, name)
+            require(value >= 1, f"parallel.{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ class RunConfig:
     """optimiser steps"""
     seed: int = 1337
     """initial weights, data order and dropout all follow from it"""
+    strict_reproducibility: bool = False
+    """the same bits on 1, 2, 4 or 8 devices, and when their number changes in mid-run; slower (see the README)"""
     out: str | None = None
     """the run folder (default: a new folder under runs/, named after the recipe)"""
     resume: Literal["never", "latest"] = "never"
@@ -162,6 +167,19 @@ class RunConfig:
             require(value is None or value >= 1, f"{name.replace('_', '-')} is {value}; it must be at least 1")
         seconds = self.max_seconds
         require(seconds is None or seconds > 0, f"max-seconds is {seconds}; it must be positive")
+        if self.strict_reproducibility:
+            self._check_strict()
+
+    def _check_strict(self) -> None:
+        """Raise `ValueError` for what would let the bits depend on the clock, or on how devices add up."""
+        parallel = self.parallel
+        for name, value, right in [
+            ("max-seconds", self.max_seconds, (None,)),
+            ("parallel.strategy", parallel.strategy, ("auto", "single")),
+            ("parallel.mesh", parallel.mesh, (None,)),
+        ]:
+            ask = " or ".join(map(str, right))
+            require(value in right, f"{name} is {value}; with strict-reproducibility it must be {ask}")
 
     @property
     def batch_unit(self) -> tuple[str, int]:

@@ -26,7 +26,7 @@ from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import Layout
 from jaxgpt.training.report import Reporter, describe_evaluation
-from jaxgpt.training.step import EvaluationSums, Loss, Parameters, TrainState, evaluate_step, train_step
+from jaxgpt.training.step import EvaluationSums, Loss, Parameters, TrainState, evaluation_step, training_step
 
 FIRST_STEPS = 20  # logged one by one, whatever the interval: a run that starts wrong shows it here
 
@@ -127,15 +127,14 @@ class _Loop:
         self.task, self.config, self.run_folder, self.report = task, config, run, report
         self.layout, self.checkpoints, self.stop = layout, checkpoints, stop
         optimizer = make_optimizer(config.optimizer, config.steps, task.width)
-        step = functools.partial(
-            train_step,
+        step = training_step(
             loss=task.loss,
             optimizer=optimizer,
             seed=config.seed,
             micro_batches=config.parallel.gradient_accumulation,
         )
         self.step_program = layout.compile(step, scalars=1, donate=True)
-        self.evaluation_program = layout.compile(functools.partial(evaluate_step, sums=task.evaluation_sums))
+        self.evaluation_program = layout.compile(evaluation_step(task.evaluation_sums))
         self.write = metrics_writer(run, config.tensorboard)
         self.initial_state = functools.partial(initial_state, task, optimizer, config.seed)
         self.initial_frozen = lambda: task.init(jax.random.key(config.seed))[1]

@@ -1,8 +1,9 @@
-"""The same step on one device, on several by `jax.pmap`, or over a mesh by `jit`."""
+"""The same step on one device, on several by `jax.pmap`, over a mesh by `jit`, or to the same bits on any number."""
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from jaxgpt.config import ParallelConfig
 from jaxgpt.models.sharding import BATCH, batch_sharding, make_mesh, mesh_shape, state_shardings
-from jaxgpt.training.step import identity
+from jaxgpt.training.step import Step, identity
+from jaxgpt.training.strict import compile_strict, place_shards
 
 AXIS = "data"
 
@@ -23,11 +25,13 @@ AXIS = "data"
 class Layout:
     """On which devices a step runs and how; `notes` is what the user should know about the choice."""
 
-    strategy: Literal["single", "pmap", "mesh"]
+    strategy: Literal["single", "pmap", "mesh", "strict"]
     devices: tuple[jax.Device, ...]
     notes: tuple[str, ...] = ()
     shape: Mapping[str, int] = field(default_factory=dict)
     """devices along each axis of a mesh, see `models.sharding`; those that it does not name have one"""
+    shards: int = 1
+    """strict: parts of every batch, each computed by itself, see `training.strict`"""
 
     @property
     def mesh(self) -> Mesh:
@@ -39,7 +43,7 @@ class Layout:
         if self.strategy == "mesh":
             return state_shardings(tree, self.mesh)
         one = SingleDeviceSharding(self.devices[0])
-        whole = one if self.strategy == "single" else NamedSharding(self.mesh, PartitionSpec())
+        whole = one if self.strategy in ("single", "strict") else NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(lambda leaf: whole, tree)
 
     def initial(self, make: Callable[[], Any]) -> Any:
@@ -49,8 +53,10 @@ class Layout:
         made = make()
         return jax.device_put(made, self.shardings(made))
 
-    def place(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Give each device its rows of a global batch."""
+    def place(self, batch: dict[str, np.ndarray]) -> Any:
+        """Give each device its rows of a global batch, as the program of `compile` takes them."""
+        if self.strategy == "strict":
+            return place_shards(batch, self.devices, self.shards)
         if self.strategy == "pmap":
             # pmap itself sends row i of the leading axis to device i.
             return {name: x.reshape(len(self.devices), -1, *x.shape[1:]) for name, x in batch.items()}
@@ -63,8 +69,11 @@ class Layout:
 
         State and scalars go in whole and come out whole (`in_axes=None`, `out_axes=None`): the same pytree whatever
         the strategy; over a mesh each leaf as `shardings` says. With `donate` the old state's memory is reused and the
-        old state is gone.
+        old state is gone. With the strategy strict, `step` is a `Step`.
         """
+        if self.strategy == "strict":
+            assert isinstance(step, Step)
+            return compile_strict(step, self.devices, donate)
         donated = (0,) if donate else ()
         if self.strategy == "single":
             return jax.jit(functools.partial(step, reduce=identity), donate_argnums=donated)
@@ -99,10 +108,12 @@ def on_one_device(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def choose_layout(config: ParallelConfig, batch_size: int, name: str = "data.batch-size") -> Layout:
+def choose_layout(
+    config: ParallelConfig, batch_size: int, name: str = "data.batch-size", strict: bool = False
+) -> Layout:
     """Choose devices and strategy for global batches of `batch_size` sequences, or of a multiple of it.
 
-    `name` is the setting that it is.
+    `name` is the setting that it is. `strict` asks for the same bits on any number of devices (see `training.strict`).
 
     `auto` takes pmap with the largest number of local devices that divides the batch, or the one device there is.
 
@@ -117,6 +128,8 @@ def choose_layout(config: ParallelConfig, batch_size: int, name: str = "data.bat
     wanted = config.devices or len(local)
     if batch_size % accumulation:
         raise ValueError(f"parallel.gradient-accumulation {accumulation} does not divide {name} {batch_size}")
+    if strict:
+        return _strict_layout(config, local[:wanted], batch_size, name)
     if config.mesh is not None:
         # With strategy auto, to name a mesh is to ask for it.
         return _mesh_layout(config.mesh, local[:wanted], batch_size, accumulation, name)
@@ -148,3 +161,24 @@ def _mesh_layout(spelled: str, devices: Sequence[jax.Device], batch_size: int, a
         rows = f"{shares} devices" + (f" x {accumulation} micro-batches" if accumulation > 1 else "")
         raise ValueError(f"{name} {batch_size} does not divide over the {rows} of parallel.mesh {spelled}; change one")
     return Layout("mesh", tuple(devices[:needed]), shape=shape)
+
+
+def _strict_layout(config: ParallelConfig, devices: Sequence[jax.Device], batch_size: int, name: str) -> Layout:
+    """So many virtual shards on as many of the devices as there are shards for."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"strict-reproducibility runs on the devices of one host, and there are {jax.process_count()} processes"
+        )
+    shards, accumulation = config.virtual_shards, config.gradient_accumulation
+    if batch_size % (shards * accumulation):
+        rows = f"parallel.virtual-shards {shards}" + (f" x {accumulation} micro-batches" if accumulation > 1 else "")
+        raise ValueError(
+            f"strict-reproducibility: {name} {batch_size} does not divide into the {rows}; change one of them"
+        )
+    used = tuple(devices[: 1 if config.strategy == "single" else shards])
+    notes = (
+        f"strict reproducibility: {shards} virtual shards on {len(used)} of {len(devices)} devices; the same bits on "
+        f"any number of devices of this kind, {used[0].device_kind}, with jaxlib {importlib.metadata.version('jaxlib')}"
+        + ("" if used[0].platform == "cpu" else " (shown on CPUs; not tried on this kind)"),
+    )
+    return Layout("strict", used, notes, shards=shards)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -79,6 +81,72 @@ def loss_and_gradients(
     return sums
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step in its two pure parts: sums over some rows, and what follows from the sums over all of them.
+
+    Between the two, devices add up. Called, it is both, with `reduce` between them.
+    """
+
+    sums: Callable[[Any, Batch], Any]
+    """(what it reads of the state, rows) -> a tree of sums"""
+    finish: Callable[..., Any]
+    """(state, sums over the global batch, *scalars) -> the result of the step"""
+    reads: Callable[[Any], Any] = identity
+    """the part of a state that `sums` needs"""
+
+    def __call__(self, state: Any, batch: Batch, *scalars: Any, reduce: Reduce = identity) -> Any:
+        """Run the whole step; `reduce` adds a tree up over the devices (`psum` under pmap)."""
+        return self.finish(state, reduce(self.sums(self.reads(state), batch)), *scalars)
+
+
+def training_step(
+    *, loss: Loss, optimizer: optax.GradientTransformationExtraArgs, seed: int, micro_batches: int = 1
+) -> Step:
+    """`train_step` in its two parts."""
+    sums = functools.partial(gradient_sums, loss=loss, seed=seed, micro_batches=micro_batches)
+    return Step(sums, functools.partial(update, optimizer=optimizer), without_optimizer)
+
+
+def evaluation_step(sums: EvaluationSums) -> Step:
+    """`evaluate_step` in its two parts."""
+    return Step(sums, lambda parameters, sums: sums)
+
+
+def without_optimizer(state: TrainState) -> TrainState:
+    """The state without what only `update` needs."""
+    return TrainState(state.step, state.parameters, (), state.frozen)
+
+
+def gradient_sums(
+    state: TrainState, batch: Batch, *, loss: Loss, seed: int, micro_batches: int = 1
+) -> tuple[Float[Array, ""], Float[Array, ""], Parameters]:
+    """Loss, weight and gradients summed over the rows of `batch`, with the dropout of this step."""
+    keys = row_keys(seed, state.step, batch["row"])
+    return loss_and_gradients(loss, state.parameters, state.frozen, batch, keys, micro_batches)
+
+
+def update(
+    state: TrainState,
+    sums: tuple[Float[Array, ""], Float[Array, ""], Parameters],
+    position: Float[Array, ""],
+    *,
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """The state after a step, and its metrics, from the sums over the global batch (see `train_step`)."""
+    total, weight, gradients = sums
+    # The norm of the sums, divided: that of the quotients would need them all written to memory first.
+    norm = global_norm(gradients) / weight
+    share = 1.0 / weight
+    gradients = jax.tree.map(lambda g: g * share.astype(g.dtype), gradients)
+    updates, optimizer_state = optimizer.update(
+        gradients, state.optimizer_state, state.parameters, position=position, norm=norm
+    )
+    parameters = optax.apply_updates(state.parameters, updates)
+    metrics = {"loss": total / weight, "gradient_norm": norm, "tokens": weight}
+    return TrainState(state.step + 1, parameters, optimizer_state, state.frozen), metrics
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -103,19 +171,8 @@ def train_step(
         The state after, and the metrics of this step: `loss` (mean over the weights, nats), `gradient_norm` (before
         clipping) and `tokens` (the sum of the weights).
     """
-    keys = row_keys(seed, state.step, batch["row"])
-    sums = loss_and_gradients(loss, state.parameters, state.frozen, batch, keys, micro_batches)
-    total, weight, gradients = reduce(sums)
-    # The norm of the sums, divided: that of the quotients would need them all written to memory first.
-    norm = global_norm(gradients) / weight
-    share = 1.0 / weight
-    gradients = jax.tree.map(lambda g: g * share.astype(g.dtype), gradients)
-    updates, optimizer_state = optimizer.update(
-        gradients, state.optimizer_state, state.parameters, position=position, norm=norm
-    )
-    parameters = optax.apply_updates(state.parameters, updates)
-    metrics = {"loss": total / weight, "gradient_norm": norm, "tokens": weight}
-    return TrainState(state.step + 1, parameters, optimizer_state, state.frozen), metrics
+    step = training_step(loss=loss, optimizer=optimizer, seed=seed, micro_batches=micro_batches)
+    return step(state, batch, position, reduce=reduce)
 
 
 def evaluate_step(
@@ -126,4 +183,4 @@ def evaluate_step(
     reduce: Reduce = identity,
 ) -> tuple[Float[Array, ...], ...]:
     """What `sums` (a task's) computes of one evaluation batch, added up over devices."""
-    return reduce(sums(parameters, batch))
+    return evaluation_step(sums)(parameters, batch, reduce=reduce)
