@@ -68,7 +68,7 @@ class BlockConfig:
     remat: bool = False
     """recompute each block in the backward pass: less memory, about a third more time"""
     unroll: int | None = None
-    """blocks unrolled in the scan over layers (default: all on CPU up to 12 layers, else 1)"""
+    """blocks unrolled in the scan over layers (default: all on CPU of up to 12 layers narrower than 512, else 1)"""
 
     def __post_init__(self) -> None:
         for name in ("context", "heads", "width"):
