@@ -8,7 +8,7 @@ import pytest
 from test_attention import random_heads
 
 from jaxgpt.models.attention import causal_mask, reference_attention
-from jaxgpt.models.cache import attend_to_cache, empty_cache
+from jaxgpt.models.cache import FEW_QUERIES, DecoderCache, attend_to_cache, attend_to_source, empty_cache
 
 
 def random_cache(seed, lengths, capacity, layers=2, heads=2, head_width=4, dtype=jnp.float64):
@@ -78,6 +78,23 @@ def test_attention_to_the_cache_is_attention_to_each_rows_own_past(x64, count, s
         cache, key=tuple(k + garbage for k in cache.key), value=tuple(v - garbage for v in cache.value)
     )
     np.testing.assert_array_equal(attend_to_cache(query, spoiled, 1, scale=scale), attended)
+
+
+@pytest.mark.parametrize(("beams", "count"), [(1, 1), (3, 2), (FEW_QUERIES + 1, 1)])
+def test_attention_to_the_source_is_each_rows_alone(x64, beams, count):
+    """However many rows look at the same source; nothing that is not real is seen."""
+    key, value, _ = random_heads(3, 2, 7, 2, 4, jnp.float64)
+    query = random_heads(4, 2 * beams, count, 2, 4, jnp.float64)[0]
+    mask = jnp.arange(7) < jnp.array([[4], [7]])
+    empty = DecoderCache((), (), jnp.zeros(2 * beams, jnp.int32), 1, (), (), mask)
+    cache = empty.start_source(value.swapaxes(1, 2), key.swapaxes(1, 2))
+    cache = cache.start_source(key.swapaxes(1, 2), value.swapaxes(1, 2))
+    attended = attend_to_source(query, cache, 1, scale=0.3)
+    for row in range(2 * beams):
+        own = slice(row // beams, row // beams + 1)
+        seen = mask[own, None, None]
+        expected = reference_attention(query[row : row + 1], key[own], value[own], mask=seen, scale=0.3)
+        np.testing.assert_allclose(attended[row], expected[0], atol=1e-12)
 
 
 def test_half_precision_scores_of_the_cache_are_computed_in_float32():

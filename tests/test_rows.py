@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.models.rows import greatest, log_sum_exp, row_sums, sum_of_rows, top_k
+from jaxgpt.models.rows import column_maxima, greatest, log_sum_exp, row_sums, sum_of_rows, top_k
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -22,11 +22,15 @@ def test_they_are_equal(seed, dtype):
     if size > 1 and dtype == "float32":
         expected = jax.nn.logsumexp(values, axis=1, keepdims=True)
         np.testing.assert_allclose(jax.jit(log_sum_exp)(values), expected, atol=1e-5)
+        np.testing.assert_allclose(jax.jit(log_sum_exp)(values, column_maxima(values, k)), expected, atol=1e-5)
+    shared = jax.jit(top_k, static_argnums=1)(values, k, column_maxima(values, k))
+    np.testing.assert_array_equal(shared, (best, places))
 
 
 def test_one_value_that_is_no_number_makes_the_row_none():
     values = jnp.zeros((2, 1000)).at[1, 777].set(jnp.nan)
-    assert np.isnan(log_sum_exp(values))[:, 0].tolist() == [False, True]
+    for maxima in (None, column_maxima(values, 5)):
+        assert np.isnan(log_sum_exp(values, maxima))[:, 0].tolist() == [False, True]
 
 
 def test_sums_and_maxima_are_numpys(x64):

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgpt.config import GenerationConfig, LengthRule
 from jaxgpt.generation.decode import NOT_FINITE, Decoder, bucket, padded
 from jaxgpt.generation.sampling import Number, Rules, process_logits, rules
-from jaxgpt.models.rows import log_sum_exp, top_k
+from jaxgpt.models.rows import column_maxima, log_sum_exp, top_k
 
 OUT = -math.inf  # the score of what does not exist; what exists is above it, whatever divides it
 FEWEST = 8  # prompts: a smaller batch takes hardly less time, and would have to be compiled
@@ -235,14 +235,16 @@ def _candidates(
     running, count = search.running, search.finished.score.shape[1] + len(stops)
     batch, texts = running.score.shape
     logits = logits.astype(running.score.dtype)
-    total = log_sum_exp(logits)  # what turns logits into log-probabilities, subtracted where few are left, if it can be
+    few = min(count, logits.shape[-1])
+    given, maxima = logits, column_maxima(logits, few)
+    total = log_sum_exp(logits, maxima)  # makes log-probabilities; subtracted where few are left, if it can be
     if rule.repetition_penalty is not None:  # which changes the sizes of log-probabilities
         logits, total = logits - total, jnp.where(jnp.isnan(total), total, 0.0)
     seen = running.tokens.reshape(batch * texts, -1) if rule.need_history else None
     counts = (search.begin[:, None] + running.length).ravel()
     allowed = process_logits(logits, rule, seen, counts, jnp.repeat(too_early, texts))
     # The best K + n of each row are enough, for K of them do not end the text. If there are fewer tokens, some are OUT.
-    best, tokens = top_k(allowed, min(count, logits.shape[-1]))
+    best, tokens = top_k(allowed, few, maxima if allowed is given else None)
     beyond = ((0, 0), (0, count - best.shape[-1]))
     best, tokens = jnp.pad(best - total, beyond, constant_values=OUT), jnp.pad(tokens, beyond)
     if len(stops):

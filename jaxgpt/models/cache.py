@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgpt.models.attention import Scale, attention_weights
 
+# XLA on CPU makes products of one query each in vectors; those of five take twice to five times as long in all.
+FEW_QUERIES = 8
+
 
 @flax.struct.dataclass
 class KVCache:
@@ -125,3 +128,20 @@ def attend_to_cache(
     weights = attention_weights(together, cache.key[layer], mask, scale)
     attended = jnp.einsum("BNTS,BNSH->BTNH", weights, cache.value[layer])
     return attended.reshape(batch, count, shared, -1, width).swapaxes(2, 3).reshape(query.shape)
+
+
+def attend_to_source(
+    query: Float[Array, "R T N H"], cache: DecoderCache, layer: int, *, scale: Scale = None
+) -> Float[Array, "R T N H"]:
+    """Attention of T tokens of each row to the real positions of its source, whose rows lie side by side."""
+    key, value, mask = cache.source_key[layer], cache.source_value[layer], cache.source_mask[:, None, None, :]
+
+    def attended(queries: Float[Array, "G Q N H"]) -> Float[Array, "G Q N H"]:
+        return jnp.einsum("BNTS,BNSH->BTNH", attention_weights(queries, key, mask, scale), value)
+
+    # The rows of one source are as many queries to the same keys.
+    together = query.reshape(len(key), -1, *query.shape[2:])
+    if jax.default_backend() != "cpu" or together.shape[1] > FEW_QUERIES:
+        return attended(together).reshape(query.shape)
+    one_by_one = [attended(together[:, place : place + 1]) for place in range(together.shape[1])]
+    return jnp.concatenate(one_by_one, axis=1).reshape(query.shape)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import ActivationName, AttentionName, Dtype
 from jaxgpt.models.attention import Scale, attention, attention_weights, dropout
-from jaxgpt.models.cache import DecoderCache, KVCache, attend_to_cache
+from jaxgpt.models.cache import DecoderCache, KVCache, attend_to_cache, attend_to_source
 from jaxgpt.models.norms import unit_mean_square
 from jaxgpt.models.positions import initializer, rotary
 from jaxgpt.models.rows import sum_of_rows
@@ -241,16 +241,16 @@ class CrossAttention(nn.Module):
             pair = dense(2 * width, self.bias, self.init_std, name="key_value")(source)
             key, value = (split_heads(part, self.heads).swapaxes(1, 2) for part in jnp.split(pair, 2, axis=-1))
             cache = cache and cache.start_source(key, value)
-        if cache is None and not self.is_mutable_collection("intermediates"):
+        if cache is not None and isinstance(layer, int):
+            heads = attend_to_source(query, cache, layer, scale=scale)
+        elif self.is_mutable_collection("intermediates"):
+            weights = attention_weights(query, key, None if mask is None else mask[:, None, None, :], scale)
+            self.sow("intermediates", "weights", weights)
+            heads = jnp.einsum("BNTS,BNSH->BTNH", dropout(weights, self.dropout, dropout_keys), value)
+        else:
             numbers = None if mask is None else everyone_to(mask, x.shape[1])
             heads = attention(
                 query, key.swapaxes(1, 2), value.swapaxes(1, 2), segments=numbers, implementation=self.implementation,
                 scale=scale, dropout_rate=self.dropout, dropout_keys=dropout_keys,
             )  # fmt: skip
-        else:
-            # The rows of one source side by side are as many queries to the same keys.
-            together = query.reshape(len(key), -1, *query.shape[2:])
-            weights = attention_weights(together, key, None if mask is None else mask[:, None, None, :], scale)
-            self.sow("intermediates", "weights", weights)
-            heads = jnp.einsum("BNTS,BNSH->BTNH", dropout(weights, self.dropout, dropout_keys), value)
         return dense(width, self.bias, self.output_std, name="out")(heads.reshape(x.shape)), cache
