@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import jax
 
-from jaxgpt.config import Dtype, GenerationConfig, GPTConfig, from_dict, to_dict
+from jaxgpt.config import Dtype, GenerationConfig, GPTConfig, Weights, from_dict, to_dict
 from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from jaxgpt.environment import use_compilation_cache
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import Decoder, Text, gpt_decoder
+from jaxgpt.generation.draft import Draft
 from jaxgpt.generation.text import Writer, write
-from jaxgpt.models.blocks import Parameters, decoding_parameters
+from jaxgpt.models.blocks import Parameters, compact_parameters, decoding_parameters
 from jaxgpt.storage.adapters import write_adapter
 from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.huggingface import config_to_hf
@@ -55,6 +56,15 @@ class LanguageModel:
     tokenizer: Tokenizer
     stop_tokens: tuple[int, ...] = ()
     """ids that end a text unless others are asked for"""
+    draft: LanguageModel | None = field(default=None, repr=False)
+    """a small model with the same tokens, which guesses ahead for this one; the text is this one's own"""
+
+    def __post_init__(self) -> None:
+        draft = self.draft
+        if draft is not None and not (
+            draft.config.vocab_size == self.config.vocab_size and draft.tokenizer.same_tokens(self.tokenizer)
+        ):
+            raise ValueError("the draft model has another tokenizer than the model; it can guess only the same tokens")
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
@@ -125,12 +135,19 @@ class LanguageModel:
         return (piece for (piece,) in self._write(texts, settings) if piece)
 
     def _write(self, texts: list[Text], settings: GenerationConfig) -> Iterator[list[str]]:
-        steps = self._decoder.decode(self.decoding_parameters, texts, settings, self._stop_tokens(settings))
+        stops, draft, guesser = self._stop_tokens(settings), self.draft, None
+        if draft is not None:
+            if settings.lookup:
+                raise ValueError(f"lookup is {settings.lookup}, and there is a draft model; one of them guesses ahead")
+            guesser = Draft(draft._decoder, draft.decoding_parameters, settings, stops)
+        steps = self._decoder.decode(self.decoding_parameters, texts, settings, stops, guesser)
         return write(steps, texts, [Writer(self.tokenizer, settings.stop) for _ in texts])
 
     def _beam_search(
         self, prompts: Sequence[Prompt], encoded: list[list[int]], limits: list[int], settings: GenerationConfig
     ) -> list[Generated]:
+        if self.draft is not None:
+            raise ValueError("a draft model has no meaning with beams")
         if settings.stop:
             raise ValueError("stop strings have no meaning with beams; stop tokens end a beam")
         stops = self._stop_tokens(settings)
@@ -196,6 +213,8 @@ def load(
     revision: str | None = None,
     dtype: Dtype | None = None,
     base: str | None = None,
+    weights: Weights | None = None,
+    draft: str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
     """Load a model: a run folder, a Hugging Face folder, or a name on the Hugging Face hub.
 
@@ -208,14 +227,22 @@ def load(
         dtype: what the parameters become, and what is computed in (default: a run's own; float32 for other models,
             whatever their files hold).
         base: of a run that trained adapters or a part of the layers alone, where the model it began with lies now.
+        weights: keep the matrices in fewer bits, upcast where they are used: "int8" or "bfloat16" (see
+            `models.compact`). On CPU single tokens come faster; such a model cannot be exported.
+        draft: a small model with the same tokenizer, which guesses ahead; kept as `weights` and `dtype` say, too.
 
     Raises:
         FileNotFoundError: no such folder or name, a file of it is missing, or the hub cannot be reached.
-        ValueError: a damaged file, an architecture that is not here, or a setting it cannot express, named.
+        ValueError: a damaged file, an architecture that is not here, or a setting it cannot express, named; a draft
+            with another tokenizer.
     """
     use_compilation_cache()
     found = load_pretrained(path, checkpoint, revision, dtype, base)
-    return LanguageModel(found.config, found.parameters, found.tokenizer, found.stop_tokens)
+    parameters = found.parameters
+    if weights is not None:
+        parameters = jax.jit(compact_parameters, static_argnums=1)(parameters, weights)
+    guessing = None if draft is None else load(draft, dtype=dtype, weights=weights)
+    return LanguageModel(found.config, parameters, found.tokenizer, found.stop_tokens, guessing)
 
 
 def export(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
@@ -225,8 +252,10 @@ def export(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileExistsError: the folder exists and is not empty.
-        ValueError: a setting that the format cannot express, named.
+        ValueError: a setting that the format cannot express, named; weights in fewer bits.
     """
+    if "blocks" not in model.parameters:
+        raise ValueError("the parameters are laid out for decoding; what is exported is loaded without weights")
     config, path = model.config, Path(folder)
     end = model.tokenizer.end_of_text
     described = config_to_hf(config, end)  # refuses before anything is written

@@ -33,11 +33,20 @@ class ModelOptions(RunOptions):
     """a name on the hub: the commit, tag or branch (default: main)"""
 
 
-def load_model(options: ModelOptions) -> LanguageModel:
+@dataclass(frozen=True)
+class DecodingOptions(ModelOptions):
+    """Which model, and how its weights are kept."""
+
+    weights: Literal["int8", "bfloat16"] | None = None
+    """keep the matrices in fewer bits and compute as before: faster where few tokens are made at once"""
+
+
+def load_model(options: ModelOptions, draft: str | None = None) -> LanguageModel:
     from jaxgpt import api
     from jaxgpt.environment import keep_freed_memory
 
     keep_freed_memory()
     return api.load(
-        options.model, checkpoint=options.checkpoint, revision=options.revision, dtype=options.dtype, base=options.base
-    )
+        options.model, checkpoint=options.checkpoint, revision=options.revision, dtype=options.dtype,
+        base=options.base, weights=options.weights if isinstance(options, DecodingOptions) else None, draft=draft,
+    )  # fmt: skip

@@ -10,17 +10,19 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from jaxgpt.arguments import parse
-from jaxgpt.cli.options import ModelOptions, load_model
+from jaxgpt.cli.options import DecodingOptions, ModelOptions, load_model
 from jaxgpt.cli.translation import evaluate_translation
 from jaxgpt.config import GenerationConfig, require
 
 
 @dataclass(frozen=True)
-class GenerateOptions(GenerationConfig, ModelOptions):
+class GenerateOptions(GenerationConfig, DecodingOptions):
     """Let a model write."""
 
     prompt: tuple[str, ...] = ()
     """what to continue, one or several (default: standard input)"""
+    draft: str | None = None
+    """a small model with the same tokenizer that guesses ahead: the same text in fewer steps of the model"""
     json: bool = False
     """print one JSON object a text: prompt, text, tokens (the new ids), logprobs, finish_reason"""
 
@@ -39,7 +41,7 @@ class ExportOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(ModelOptions):
+class EvaluateOptions(DecodingOptions):
     """Measure how well a model predicts a text; with --source and --reference (see --source --help) a translator."""
 
     data: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ class VerifyOptions(ModelOptions):
 def generate(arguments: list[str]) -> int:
     options = parse(GenerateOptions, arguments, "jaxgpt generate")
     settings = GenerationConfig(**{item.name: getattr(options, item.name) for item in fields(GenerationConfig)})
-    model = load_model(options)
+    model = load_model(options, options.draft)
     prompts = options.prompt or (sys.stdin.read(),)
     if not options.json and len(prompts) == settings.samples == settings.beams == 1:
         pieces = model.stream(prompts[0], settings)  # refuses what is wrong before anything is printed

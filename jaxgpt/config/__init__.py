@@ -15,6 +15,7 @@ from jaxgpt.config.models import (
     Dtype,
     GPTConfig,
     TransformerConfig,
+    Weights,
     gpt_size,
     transformer_size,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "TransformerConfig",
     "TranslationConfig",
     "TuningTask",
+    "Weights",
     "flatten",
     "from_dict",
     "gpt_size",

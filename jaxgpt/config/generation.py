@@ -46,13 +46,15 @@ class GenerationConfig:
     """end at one of these token ids (default: the model's end-of-text)"""
     lookup: int = 0
     """tokens guessed ahead from what was seen before, to make several at once; the text stays the same"""
+    draft_tokens: int = 4
+    """with a draft model: tokens that it guesses ahead each time"""
     truncate: Literal["never", "left"] = "never"
     """left: where prompt and text outgrow the context, drop the oldest tokens instead of refusing"""
     seed: int = 0
     """the same seed gives the same text"""
 
     def __post_init__(self) -> None:
-        at_least = {"max_new_tokens": 1, "top_k": 1, "no_repeat_ngram": 1, "samples": 1, "beams": 1}
+        at_least = {"max_new_tokens": 1, "top_k": 1, "no_repeat_ngram": 1, "samples": 1, "beams": 1, "draft_tokens": 1}
         at_least |= {"min_new_tokens": 0, "temperature": 0, "lookup": 0}
         for name, least in at_least.items():
             value, option = getattr(self, name), name.replace("_", "-")
@@ -73,7 +75,7 @@ class GenerationConfig:
             f"min-new-tokens is {self.min_new_tokens}, more than max-new-tokens {limit}",
         )
         if self.beams > 1:
-            sampling = ("temperature", "top_k", "top_p", "min_p", "lookup")
+            sampling = ("temperature", "top_k", "top_p", "min_p", "lookup", "draft_tokens")
             changed = [name for name in sampling if getattr(self, name) != getattr(GenerationConfig, name)]
             require(not changed, f"{(changed or [''])[0].replace('_', '-')} has no meaning with beams {self.beams}")
             require(self.samples <= self.beams, f"samples is {self.samples}, more than beams {self.beams}")

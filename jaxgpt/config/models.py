@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jaxgpt.config.conversion import require, suggestion
 
 Dtype = Literal["float32", "bfloat16", "float64"]
+Weights = Literal["int8", "bfloat16"]
 AttentionName = Literal["auto", "reference", "blocked", "cudnn", "splash"]
 ActivationName = Literal["gelu_new", "gelu", "relu", "silu", "tanh", "relu-squared", "swiglu"]
 PositionsName = Literal["learned", "sinusoidal", "rotary"]

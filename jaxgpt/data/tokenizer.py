@@ -70,6 +70,11 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no {END_OF_TEXT} token, which separates documents")
         return self.end_of_text
 
+    def same_tokens(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same in both."""
+        mine, theirs = (one._rust.get_vocab(with_added_tokens=True) for one in (self, other))
+        return mine == theirs
+
     def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """Return the ids of `text`; only with `special_tokens` does "<|endoftext|>" in it become that one token.
 

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,28 @@ class Text:
     def made(self) -> int:
         """How many they are."""
         return len(self.tokens) - self.prompt
+
+
+@runtime_checkable
+class Guesser(Protocol):
+    """What guesses tokens ahead, for `Decoder.decode` to check."""
+
+    count: int
+    """how many, of each text, each time"""
+
+    def guess(self, texts: Sequence[Text]) -> list[list[int]]:
+        """Guess what may follow each text."""
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Guesses from the text itself: what followed the last place that was like its end (prompt lookup, Saxena 2023)."""
+
+    count: int
+
+    def guess(self, texts: Sequence[Text]) -> list[list[int]]:
+        """Guess what may follow each text."""
+        return [guess(text.tokens, self.count) for text in texts]
 
 
 class Decoder:
@@ -115,21 +137,26 @@ class Decoder:
         return self._step(parameters, tokens, cache)
 
     def decode(
-        self, parameters: Any, texts: Sequence[Text], config: GenerationConfig, stop_tokens: Sequence[int]
+        self,
+        parameters: Any,
+        texts: Sequence[Text],
+        config: GenerationConfig,
+        stop_tokens: Sequence[int],
+        guesser: Guesser | None = None,
     ) -> Iterator[None]:
         """Lengthen each text, each as it would be alone, and yield after every step until all have ended.
 
         A text ends before a stop token, at its limit, or when the caller says so. When the context is full, the newer
         half of what it holds is read anew: learned positions cannot move, so the window does.
 
-        With `config.lookup` each step checks that many guesses besides the token it makes (prompt lookup, Saxena 2023):
-        the tokens are chosen exactly as without, only several at once where guesses were right.
+        Each step checks the guesses of `guesser` (default: `config.lookup` from the text itself) besides the token that
+        it makes: the tokens are chosen exactly as without, only several at once where guesses were right.
 
         Raises:
             ValueError: an empty prompt.
             FloatingPointError: the model's logits are NaN.
         """
-        rule = rules(config, stop_tokens)
+        rule, guesser = rules(config, stop_tokens), guesser or Lookup(config.lookup)
         begin = [max(0, len(text.tokens) - self.context) for text in texts]
         while True:
             windows = [
@@ -137,11 +164,11 @@ class Decoder:
                 for text, start in zip(texts, begin, strict=True)
             ]
             room = max(text.limit - text.made for text in texts)
-            first, cache = self._prefill_once(parameters, windows, room, config.lookup)
+            first, cache = self._prefill_once(parameters, windows, room, guesser.count)
             logits = first[:, None]
             guesses: list[list[int]] = [[] for _ in texts]
             while True:
-                chosen = self._choose(logits, texts, guesses, config, rule)
+                chosen = _choose_at_each_place(logits, texts, guesses, config, rule)
                 for row, text in enumerate(texts):
                     # A position beyond the context is no position: what was computed there does not count.
                     space = self.context - (len(text.tokens) - 1 - begin[row])
@@ -155,38 +182,41 @@ class Decoder:
                     for row in full:
                         begin[row] = len(texts[row].tokens) - max(1, self.context // 2)
                     break
-                guesses = [guess(text.tokens, config.lookup) for text in texts]
+                guesses = guesser.guess(texts)
                 newest = [[text.tokens[-1], *ahead] for text, ahead in zip(texts, guesses, strict=True)]
                 known = [min(len(t.tokens) - 1 - start, self.context) for t, start in zip(texts, begin, strict=True)]
                 cache = dataclasses.replace(cache, length=jnp.array(known, jnp.int32))
                 logits, cache = self.step(parameters, np.array(newest, np.int32), cache)
 
-    def _choose(
-        self,
-        logits: Float[Array, "B T V"],
-        texts: Sequence[Text],
-        guesses: Sequence[Sequence[int]],
-        config: GenerationConfig,
-        rule: Rules,
-    ) -> list[list[tuple[int, float]]]:
-        """The token at each of the T places of each row, were the guesses before it right, and its log-probability."""
-        rows = [
-            (text, ahead[:place])
-            for text, ahead in zip(texts, guesses, strict=True)
-            for place in range(logits.shape[1])
-        ]
-        positions = np.array([len(text.tokens) + len(ahead) for text, ahead in rows], np.int32)
-        samples = np.array([text.sample for text, _ in rows], np.int32)
-        prompts = np.array([text.prompt for text, _ in rows])
-        seen = None
-        if rule.need_history:
-            seen = padded([[*text.tokens, *ahead] for text, ahead in rows], bucket(int(positions.max())))
-        tokens, logprobs = choose_token(
-            logits.reshape(len(rows), -1), rule, np.int32(config.seed), samples, positions,
-            positions - prompts < config.min_new_tokens, seen,
-        )  # fmt: skip
-        pairs = list(zip(np.asarray(tokens).tolist(), np.asarray(logprobs).tolist(), strict=True))
-        return [pairs[start : start + logits.shape[1]] for start in range(0, len(pairs), logits.shape[1])]
+
+def _choose_at_each_place(
+    logits: Float[Array, "B T V"],
+    texts: Sequence[Text],
+    guesses: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    rule: Rules,
+) -> list[list[tuple[int, float]]]:
+    """The token at each of the T places of each row, were the guesses before it right, and its log-probability."""
+    places = logits.shape[1]
+    rows = [(text, ahead[:place]) for text, ahead in zip(texts, guesses, strict=True) for place in range(places)]
+    pairs = choose(logits.reshape(len(rows), -1), rows, config, rule)
+    return [pairs[start : start + places] for start in range(0, len(pairs), places)]
+
+
+def choose(
+    logits: Float[Array, "R V"], rows: Sequence[tuple[Text, Sequence[int]]], config: GenerationConfig, rule: Rules
+) -> list[tuple[int, float]]:
+    """The token that follows each text and the guesses after it, and its log-probability."""
+    positions = np.array([len(text.tokens) + len(ahead) for text, ahead in rows], np.int32)
+    samples = np.array([text.sample for text, _ in rows], np.int32)
+    prompts = np.array([text.prompt for text, _ in rows])
+    seen = None
+    if rule.need_history:
+        seen = padded([[*text.tokens, *ahead] for text, ahead in rows], bucket(int(positions.max())))
+    tokens, logprobs = choose_token(
+        logits, rule, np.int32(config.seed), samples, positions, positions - prompts < config.min_new_tokens, seen
+    )
+    return list(zip(np.asarray(tokens).tolist(), np.asarray(logprobs).tolist(), strict=True))
 
 
 def _accept(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgpt.config import GenerationConfig
-from jaxgpt.models.losses import negative_log_likelihood
+from jaxgpt.models.rows import first_greatest, log_sum_exp
 
 Number = float | Float[Array, ""]
 
@@ -149,7 +149,7 @@ def filter_logits(logits: Float[Array, "B V"], rules: Rules) -> Float[Array, "B 
 def sample_token(logits: Float[Array, "B V"], keys: Key[Array, " B"], greedy: bool = False) -> Int[Array, " B"]:
     """Draw one token a row from softmax(logits), or take the most likely one."""
     if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return first_greatest(logits)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
@@ -177,4 +177,5 @@ def choose_token(
     token = sample_token(
         filter_logits(allowed, rules), row_keys(seed, samples, positions), greedy=rules.temperature is None
     )
-    return token, -negative_log_likelihood(logits, token)
+    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    return token, (picked - log_sum_exp(logits))[:, 0]

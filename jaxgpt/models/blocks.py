@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxgpt.config import BlockConfig
+from jaxgpt.config import BlockConfig, Weights
 from jaxgpt.models.attention import Scale, dropout, fold_in
 from jaxgpt.models.cache import DecoderCache, KVCache
+from jaxgpt.models.compact import compact
 from jaxgpt.models.layers import MLP, CrossAttention, MultiHeadAttention
 from jaxgpt.models.norms import Norm
 from jaxgpt.models.sharding import constrain
@@ -178,27 +180,38 @@ def _scan_over_layers(config: BlockConfig, layers: int) -> Any:
 
 
 def decoding_parameters(parameters: Parameters) -> Parameters:
-    """Lay the parameters of a stack out for decoding: `block_0`, `block_1`, ... one by one, their matrices (out, in).
+    """Lay the parameters of a stack out for decoding: `block_0`, `block_1`, ... one by one.
 
-    A token's work is to read every matrix once. Of stacked ones XLA copies a layer's part first, and the products of a
-    few rows take half as long again with (in, out) (measured on CPU). Same values, twice the memory as long as both are
-    kept; parameters that are laid out already come back as they are.
+    A token's work is to read every matrix once; of stacked ones XLA copies a layer's part first (measured on CPU). Same
+    values, twice the memory as long as both are kept; parameters that are laid out already come back as they are.
     """
     if "blocks" not in parameters:
         return parameters
     blocks = cast(dict[str, Any], parameters["blocks"])
     layers = len(blocks["attention_norm"]["scale"])
     rest = {name: leaf for name, leaf in parameters.items() if name != "blocks"}
-    return rest | {f"block_{layer}": _one_transposed_block(blocks, layer) for layer in range(layers)}
+    return rest | {f"block_{layer}": jax.tree.map(operator.itemgetter(layer), blocks) for layer in range(layers)}
 
 
-def _one_transposed_block(blocks: Mapping[str, Any], layer: int) -> Parameters:
-    block: dict[str, Any] = {}
-    for name, leaf in blocks.items():
+def compact_parameters(parameters: Parameters, weights: Weights) -> Parameters:
+    """The same in fewer bits, laid out for decoding: the matrices of the blocks and the head (see `models.compact`).
+
+    A token embedding that is the head too is one of them; what is not a matrix stays as it is.
+    """
+    laid_out = {
+        name: _compact_block(leaf, weights) if name.startswith("block_") else leaf
+        for name, leaf in decoding_parameters(parameters).items()
+    }
+    if "head" in laid_out:
+        return laid_out | {"head": compact(laid_out["head"], weights)}
+    return laid_out | {"token_embedding": compact(laid_out["token_embedding"]["embedding"], weights)}
+
+
+def _compact_block(block: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, leaf in block.items():
         if isinstance(leaf, Mapping):
-            block[name] = _one_transposed_block(leaf, layer)
-        elif name == "kernel":
-            block["transposed"] = leaf[layer].T
+            found[name] = _compact_block(leaf, weights)
         else:
-            block[name] = leaf[layer]
-    return block
+            found |= compact(leaf.T, weights) if name == "kernel" else {name: leaf}
+    return found

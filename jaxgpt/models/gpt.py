@@ -16,7 +16,7 @@ from jaxgpt.models.attention import fold_in
 from jaxgpt.models.blocks import Parameters, apply_blocks, decoding_parameters, embedding_dropout, vocab_size
 from jaxgpt.models.cache import KVCache, empty_cache
 from jaxgpt.models.fused_loss import smoothed_divergence_sums
-from jaxgpt.models.losses import unembed
+from jaxgpt.models.losses import Head, unembed
 from jaxgpt.models.positions import PositionalEncoding, TokenEmbedding, initializer
 
 
@@ -61,7 +61,7 @@ class GPT(nn.Module):
 
         init = initializer(c.init_std)
         embedding = TokenEmbedding(vocab_size(c), c.width, init, c.parameter_dtype, name="token_embedding")
-        if not c.tied_head:
+        if not (c.tied_head or self.has_variable("params", "head")):
             self.param("head", init, (vocab_size(c), c.width), c.parameter_dtype)
         positions = jnp.arange(length)[None] if segments is None else positions_within(segments)
         if cache is not None:
@@ -109,9 +109,12 @@ def init_parameters(config: GPTConfig, key: Key[Array, ""]) -> Parameters:
     return jax.jit(GPT(config).init)(key, tokens)["params"]
 
 
-def output_head(parameters: Parameters) -> Float[Array, "V D"]:
+def output_head(parameters: Parameters) -> Head:
     """The matrix that turns hidden states into logits: the head if there is one, else the token embedding."""
-    return parameters["head"] if "head" in parameters else parameters["token_embedding"]["embedding"]
+    if "head" in parameters:
+        return cast(Head, parameters["head"])
+    table: Parameters = parameters["token_embedding"]
+    return cast(Head, table["embedding"] if "embedding" in table else table)
 
 
 def next_token_logits(
@@ -129,7 +132,7 @@ def next_token_loss(
     weights: Float[Array, "B T"],
 ) -> Float[Array, ""]:
     """Weighted sum of the negative log-likelihood of the targets in nats; the logits never exist all at once."""
-    return smoothed_divergence_sums(hidden, output_head(parameters), targets, weights, 0.0, config.logit_cap)[0]
+    return smoothed_divergence_sums(hidden, cast(Array, output_head(parameters)), targets, weights, 0.0, config.logit_cap)[0]
 
 
 def prefill(

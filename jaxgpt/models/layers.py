@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxgpt.config import ActivationName, AttentionName, Dtype
 from jaxgpt.models.attention import Scale, attention, attention_weights, dropout
 from jaxgpt.models.cache import DecoderCache, KVCache, attend_to_cache, attend_to_source
+from jaxgpt.models.compact import compact_product
 from jaxgpt.models.norms import unit_mean_square
 from jaxgpt.models.positions import initializer, rotary
 from jaxgpt.models.rows import sum_of_rows
@@ -43,9 +44,9 @@ class Dense(nn.Module):
     """y = x W + b on the last axis, W (in, out) as in GPT-2's Conv1D.
 
     All leading axes are flattened to one first: the gradient of a three-dimensional product makes XLA transpose and
-    recompute its neighbours on CPU (a fifth of a small model's step). Where the parameters hold `transposed` (out, in)
-    instead of `kernel`, that is used (see `models.blocks.decoding_parameters`); where they hold `lora_a` (in, r) and
-    `lora_b` (r, out), x A B is added (Hu et al. 2021; see `models.lora`).
+    recompute its neighbours on CPU (a fifth of a small model's step). Where the parameters hold `compact` instead of
+    `kernel`, that is used (see `models.compact`); where they hold `lora_a` (in, r) and `lora_b` (r, out), x A B is
+    added (Hu et al. 2021; see `models.lora`).
     """
 
     features: int
@@ -57,8 +58,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         flat = x.reshape(-1, x.shape[-1]).astype(self.compute_dtype)
-        if self.has_variable("params", "transposed"):
-            y = (self.get_variable("params", "transposed").astype(self.compute_dtype) @ flat.T).T
+        if self.has_variable("params", "compact"):
+            matrix, scales = (self.get_variable("params", name) for name in ("compact", "scales"))
+            y = compact_product(flat, matrix, scales).astype(self.compute_dtype)
         else:
             kernel = self.param(
                 "kernel", initializer(self.init_std), (x.shape[-1], self.features), self.parameter_dtype

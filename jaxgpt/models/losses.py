@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxgpt.models.compact import compact_product
+
+# The output head: a matrix, or one in fewer bits (see `models.compact`).
+Head = Float[Array, "V D"] | Mapping[str, Array]
 
 # So many rows, as in decoding, are faster as columns on the right of the head (measured on CPU: one row by a third).
 FEW_ROWS = 16
 
 
 def unembed(
-    hidden: Float[Array, "... D"], head: Float[Array, "V D"], cap: float | None = None
+    hidden: Float[Array, "... D"], head: Head, cap: float | None = None
 ) -> Float[Array, "... V"]:
     """Logits over the vocabulary, in at least float32. GPT-2's head is its token embedding, with no scaling.
 
@@ -23,13 +29,14 @@ def unembed(
     """
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    matrix = head.astype(hidden.dtype)
-    if len(flat) <= FEW_ROWS:
-        logits = jnp.matmul(matrix, flat.T, preferred_element_type=dtype).T
+    if isinstance(head, Mapping):
+        logits = compact_product(flat, **head)
+    elif len(flat) <= FEW_ROWS:
+        logits = jnp.matmul(head.astype(hidden.dtype), flat.T, preferred_element_type=dtype).T
     else:
-        logits = jnp.matmul(flat, matrix.T, preferred_element_type=dtype)
+        logits = jnp.matmul(flat, head.astype(hidden.dtype).T, preferred_element_type=dtype)
     logits = logits if cap is None else cap * jnp.tanh(logits / cap)
-    return logits.reshape(*hidden.shape[:-1], head.shape[0])
+    return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
 
 def negative_log_likelihood(logits: Float[Array, "... V"], targets: Int[Array, ...]) -> Float[Array, ...]:

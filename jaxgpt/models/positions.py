@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgpt.config import Dtype
+from jaxgpt.models.compact import take_rows
 from jaxgpt.models.sharding import constrain
 
 
@@ -30,7 +31,7 @@ def sinusoidal_positions(length: int, width: int) -> Float[Array, "T D"]:
 
 
 class TokenEmbedding(nn.Module):
-    """Gives each token its vector: a row of a table (V, D). An id outside [0, V) has NaN."""
+    """Gives each token its vector: a row of a table (V, D), or of a compact one. An id outside [0, V) has NaN."""
 
     size: int
     width: int
@@ -39,6 +40,9 @@ class TokenEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        if self.has_variable("params", "compact"):
+            matrix, scales = (self.get_variable("params", name) for name in ("compact", "scales"))
+            return take_rows(tokens, self.width, matrix, scales)
         table = self.param("embedding", self.initial, (self.size, self.width), self.parameter_dtype)
         return jnp.take(constrain(table, "vocabulary", "width"), tokens, axis=0)
 

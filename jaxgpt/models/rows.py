@@ -15,6 +15,13 @@ def greatest(x: Float[Array, "... V"]) -> Float[Array, "... 1"]:
     return _maxima(x.reshape(-1, x.shape[-1]), width).max(axis=-1).reshape(*x.shape[:-1], 1)
 
 
+def first_greatest(x: Float[Array, "R V"]) -> Int[Array, " R"]:
+    """`jnp.argmax` of each row, of up to 2^24 numbers, faster on CPU; the last place if one is NaN."""
+    places = -jnp.arange(x.shape[-1], dtype=jnp.promote_types(x.dtype, jnp.float32))
+    first = -greatest(jnp.where(x == greatest(x), places, -jnp.inf))[:, 0]
+    return jnp.minimum(first, x.shape[-1] - 1).astype(jnp.int32)
+
+
 def log_sum_exp(logits: Float[Array, "R V"], maxima: Float[Array, "R C"] | None = None) -> Float[Array, "R 1"]:
     """`jax.nn.logsumexp` of each row, in a third of the time on CPU; NaN if a logit is.
 
