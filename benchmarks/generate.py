@@ -27,9 +27,10 @@ from peers import Generator, ctranslate2_generators, hf_generator, require_gener
 
 from jaxgpt.api import LanguageModel, export
 from jaxgpt.arguments import parse
-from jaxgpt.config import GenerationConfig, GPTConfig, gpt_size, require
+from jaxgpt.config import GenerationConfig, GPTConfig, Weights, gpt_size, require
 from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from jaxgpt.environment import keep_freed_memory
+from jaxgpt.models.blocks import compact_parameters
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.training.metrics import count_parameters
 
@@ -55,6 +56,8 @@ class Options:
     """rounds; in each, everyone makes the text and then a single token"""
     vs: tuple[Literal["hf", "ctranslate2"], ...] = ()
     """measure transformers in PyTorch, CTranslate2 (float32 and int8), or both, in the same run"""
+    weights: tuple[Weights, ...] = ()
+    """measure ours with its matrices kept in fewer bits as well: int8, bfloat16, or both"""
     lookup: int = 0
     """measure ours with that many tokens guessed ahead as well"""
     seed: int = 0
@@ -108,8 +111,12 @@ def generators(config: GPTConfig, options: Options) -> tuple[dict[str, Generator
         folder = Path(temporary) / "model"
         if options.vs:
             export(model, folder)
+        found = {
+            f"ours, {name}": our_generator(replace(model, parameters=compact_parameters(model.parameters, name)))
+            for name in options.weights
+        }
         model = replace(model, parameters=model.decoding_parameters)  # the other layout has served
-        found = {"ours": our_generator(model)}
+        found = {"ours": our_generator(model)} | found
         if options.lookup:
             found[f"ours, lookup {options.lookup}"] = our_generator(model, options.lookup)
         if "hf" in options.vs:

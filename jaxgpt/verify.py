@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def _weights(model: LanguageModel) -> Iterator[Check]:
     yield Check("weights that are not finite", float(wrong), 0.0)
     if model.config.tied_head:
         embedding = model.parameters["token_embedding"]["embedding"]
-        same = jnp.array_equal(output_head(model.parameters), embedding)
+        same = jnp.array_equal(cast(Array, output_head(model.parameters)), embedding)
         yield Check("tied head that is not the token embedding", float(not same), 0.0)
     size = model.config.vocab_size or 0
     yield Check("token ids beyond the embedding", float(max(0, model.tokenizer.vocab_size - size)), 0.0)

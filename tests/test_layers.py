@@ -21,13 +21,6 @@ def test_dense_is_a_matrix_product_on_the_last_axis(bias):
     assert ("bias" in variables["params"]) == bias
 
 
-def test_dense_reads_a_transposed_matrix_too():
-    x = jax.random.normal(jax.random.key(0), (2, 3, 5))
-    variables = Dense(4).init(jax.random.key(1), x)
-    turned = {"transposed": variables["params"]["kernel"].T, "bias": variables["params"]["bias"]}
-    np.testing.assert_allclose(Dense(4).apply({"params": turned}, x), Dense(4).apply(variables, x), atol=1e-6)
-
-
 FUNCTIONS = {
     "gelu_new": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "gelu": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),

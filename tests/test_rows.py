@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt.models.rows import column_maxima, greatest, log_sum_exp, row_sums, sum_of_rows, top_k
+from jaxgpt.models.rows import column_maxima, first_greatest, greatest, log_sum_exp, row_sums, sum_of_rows, top_k
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -18,6 +18,8 @@ def test_they_are_equal(seed, dtype):
     best, places = jax.jit(top_k, static_argnums=1)(values, k)
     np.testing.assert_array_equal(best, jax.lax.top_k(values, k)[0])
     np.testing.assert_array_equal(jnp.take_along_axis(values, places, axis=1), best)
+    tied = jnp.round(values / 5)
+    np.testing.assert_array_equal(jax.jit(first_greatest)(tied), jnp.argmax(tied, axis=1))
     assert all(len(set(row)) == k for row in np.asarray(places).tolist())
     if size > 1 and dtype == "float32":
         expected = jax.nn.logsumexp(values, axis=1, keepdims=True)

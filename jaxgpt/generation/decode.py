@@ -71,7 +71,7 @@ class Guesser(Protocol):
         """Guess what may follow each text."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lookup:
     """Guesses from the text itself: what followed the last place that was like its end (prompt lookup, Saxena 2023)."""
 
@@ -156,7 +156,8 @@ class Decoder:
             ValueError: an empty prompt.
             FloatingPointError: the model's logits are NaN.
         """
-        rule, guesser = rules(config, stop_tokens), guesser or Lookup(config.lookup)
+        rule = rules(config, stop_tokens)
+        ahead: Guesser = Lookup(config.lookup) if guesser is None else guesser
         begin = [max(0, len(text.tokens) - self.context) for text in texts]
         while True:
             windows = [
@@ -164,7 +165,7 @@ class Decoder:
                 for text, start in zip(texts, begin, strict=True)
             ]
             room = max(text.limit - text.made for text in texts)
-            first, cache = self._prefill_once(parameters, windows, room, guesser.count)
+            first, cache = self._prefill_once(parameters, windows, room, ahead.count)
             logits = first[:, None]
             guesses: list[list[int]] = [[] for _ in texts]
             while True:
@@ -182,8 +183,8 @@ class Decoder:
                     for row in full:
                         begin[row] = len(texts[row].tokens) - max(1, self.context // 2)
                     break
-                guesses = guesser.guess(texts)
-                newest = [[text.tokens[-1], *ahead] for text, ahead in zip(texts, guesses, strict=True)]
+                guesses = ahead.guess(texts)
+                newest = [[text.tokens[-1], *guessed] for text, guessed in zip(texts, guesses, strict=True)]
                 known = [min(len(t.tokens) - 1 - start, self.context) for t, start in zip(texts, begin, strict=True)]
                 cache = dataclasses.replace(cache, length=jnp.array(known, jnp.int32))
                 logits, cache = self.step(parameters, np.array(newest, np.int32), cache)

@@ -22,9 +22,7 @@ class Draft:
     the same token; and only such a token is kept, so the text is the model's own.
     """
 
-    def __init__(
-        self, decoder: Decoder, parameters: Any, config: GenerationConfig, stop_tokens: Sequence[int]
-    ) -> None:
+    def __init__(self, decoder: Decoder, parameters: Any, config: GenerationConfig, stop_tokens: Sequence[int]) -> None:
         """`decoder` and `parameters` are the draft model's.
 
         Raises:

@@ -204,7 +204,7 @@ def compact_parameters(parameters: Parameters, weights: Weights) -> Parameters:
     }
     if "head" in laid_out:
         return laid_out | {"head": compact(laid_out["head"], weights)}
-    return laid_out | {"token_embedding": compact(laid_out["token_embedding"]["embedding"], weights)}
+    return laid_out | {"token_embedding": compact(cast(Any, laid_out["token_embedding"])["embedding"], weights)}
 
 
 def _compact_block(block: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
@@ -212,6 +212,8 @@ def _compact_block(block: Mapping[str, Any], weights: Weights) -> dict[str, Any]
     for name, leaf in block.items():
         if isinstance(leaf, Mapping):
             found[name] = _compact_block(leaf, weights)
+        elif name == "kernel":
+            found |= compact(leaf.T, weights)
         else:
-            found |= compact(leaf.T, weights) if name == "kernel" else {name: leaf}
+            found[name] = leaf
     return found

@@ -114,7 +114,7 @@ def output_head(parameters: Parameters) -> Head:
     if "head" in parameters:
         return cast(Head, parameters["head"])
     table: Parameters = parameters["token_embedding"]
-    return cast(Head, table["embedding"] if "embedding" in table else table)
+    return cast(Head, table.get("embedding", table))
 
 
 def next_token_logits(
@@ -132,7 +132,9 @@ def next_token_loss(
     weights: Float[Array, "B T"],
 ) -> Float[Array, ""]:
     """Weighted sum of the negative log-likelihood of the targets in nats; the logits never exist all at once."""
-    return smoothed_divergence_sums(hidden, cast(Array, output_head(parameters)), targets, weights, 0.0, config.logit_cap)[0]
+    return smoothed_divergence_sums(
+        hidden, cast(Array, output_head(parameters)), targets, weights, 0.0, config.logit_cap
+    )[0]
 
 
 def prefill(

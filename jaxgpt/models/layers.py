@@ -59,7 +59,8 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         flat = x.reshape(-1, x.shape[-1]).astype(self.compute_dtype)
         if self.has_variable("params", "compact"):
-            matrix, scales = (self.get_variable("params", name) for name in ("compact", "scales"))
+            matrix: Array = self.get_variable("params", "compact")
+            scales: Array | None = self.get_variable("params", "scales")
             y = compact_product(flat, matrix, scales).astype(self.compute_dtype)
         else:
             kernel = self.param(

@@ -18,9 +18,7 @@ Head = Float[Array, "V D"] | Mapping[str, Array]
 FEW_ROWS = 16
 
 
-def unembed(
-    hidden: Float[Array, "... D"], head: Head, cap: float | None = None
-) -> Float[Array, "... V"]:
+def unembed(hidden: Float[Array, "... D"], head: Head, cap: float | None = None) -> Float[Array, "... V"]:
     """Logits over the vocabulary, in at least float32. GPT-2's head is its token embedding, with no scaling.
 
     With a `cap` C they stay within +-C: C tanh(logit / C) (Gemma Team 2024, section 2).

@@ -41,7 +41,8 @@ class TokenEmbedding(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         if self.has_variable("params", "compact"):
-            matrix, scales = (self.get_variable("params", name) for name in ("compact", "scales"))
+            matrix: Array = self.get_variable("params", "compact")
+            scales: Array | None = self.get_variable("params", "scales")
             return take_rows(tokens, self.width, matrix, scales)
         table = self.param("embedding", self.initial, (self.size, self.width), self.parameter_dtype)
         return jnp.take(constrain(table, "vocabulary", "width"), tokens, axis=0)
