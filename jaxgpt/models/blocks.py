@@ -203,7 +203,7 @@ def compact_parameters(parameters: Parameters, weights: Weights) -> Parameters:
         for name, leaf in decoding_parameters(parameters).items()
     }
     if "head" in laid_out:
-        return laid_out | {"head": compact(laid_out["head"], weights)}
+        return laid_out | {"head": compact(cast(Array, laid_out["head"]), weights)}
     return laid_out | {"token_embedding": compact(cast(Any, laid_out["token_embedding"])["embedding"], weights)}
 
 
