@@ -53,10 +53,10 @@ def test_a_compact_model_is_near_the_model_and_its_steps_are_its_whole(weights, 
     small = compact_parameters(parameters, weights)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (small["block_0"], parameters["blocks"])]
     assert sizes[0] * 2 < sizes[1] * 3  # columns filled up to 32 included
-    tokens = np.random.default_rng(0).integers(0, 40, (2, 6)).astype(np.int32)
+    tokens = jnp.array(np.random.default_rng(0).integers(0, 40, (2, 6)), jnp.int32)
     logits = [next_token_logits(config, p, GPT(config).apply({"params": p}, tokens)[0]) for p in (small, parameters)]
     apart = float(jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[1]))
     assert 1e-6 < apart < 0.05, apart
-    first, cache = prefill(config, small, jnp.array(tokens[:, :3]), jnp.array([3, 3]), 8)
-    after, _ = decode_step(config, small, jnp.array(tokens[:, 3:]), cache)
+    first, cache = prefill(config, small, tokens[:, :3], jnp.array([3, 3]), 8)
+    after, _ = decode_step(config, small, tokens[:, 3:], cache)
     np.testing.assert_allclose(jnp.concatenate([first[:, None], after], axis=1), logits[0][:, 2:], atol=1e-4)
