@@ -6,14 +6,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import TASKS, ChatConfig, FinetuneConfig, RunConfig, TrainConfig, TranslationConfig, flatten, to_dict
+import jax
+
+from jaxgpt.config import (
+    TASKS,
+    ChatConfig,
+    FinetuneConfig,
+    HostsConfig,
+    RunConfig,
+    TrainConfig,
+    TranslationConfig,
+    flatten,
+    to_dict,
+)
 from jaxgpt.environment import fix_threads, keep_freed_memory, use_compilation_cache
+from jaxgpt.hosts import Hosts, code_version, connect, without_hosts
 from jaxgpt.storage.runs import RunFolder, latest_run_path, new_run_path
 from jaxgpt.tasks import chat, finetuning, lm, translation
 from jaxgpt.tasks.preparation import Prepared
 from jaxgpt.tasks.trained import COMMANDS
 from jaxgpt.training import loop
-from jaxgpt.training.parallel import choose_layout
+from jaxgpt.training.parallel import Layout, choose_layout
 from jaxgpt.training.report import Reporter
 
 RUNS = Path("runs")
@@ -23,8 +36,11 @@ LOGGING = ("quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-
 SHOWN = ("sample-tokens", "sample-prompt", "samples", "validation-sentences")
 PLACES = (
     "data.path", "data.validation", "data.cache", "init-from", "parallel.strategy", "parallel.devices", "parallel.mesh",
-    "parallel.gradient-accumulation", "parallel.virtual-shards",
+    "parallel.gradient-accumulation", "parallel.virtual-shards", "distributed",
+    *(f"hosts.{name}" for name in flatten(HostsConfig())),
 )  # fmt: skip
+# What need not be the same on all hosts: each may have the data, which is compared by its content, elsewhere.
+OWN_OF_A_HOST = frozenset((*(name for name in PLACES if not name.startswith("parallel.")), "quiet"))
 FREE_ON_RESUME = frozenset((*BUDGETS, *LOGGING, *SHOWN, *PLACES))
 # What may not, in a run whose bits are to be the same: how a batch is cut into the sums that are added up.
 STRICT = frozenset(("parallel.gradient-accumulation", "parallel.virtual-shards"))
@@ -45,7 +61,7 @@ def run_path(config: RunConfig, recipe: str) -> Path:
 
 
 def train(
-    config: RunConfig, *, recipe: str = "custom", report: Reporter | None = None
+    config: RunConfig, *, recipe: str = "custom", report: Reporter | None = None, hosts: Hosts | None = None
 ) -> tuple[loop.Outcome, RunFolder]:
     """Train: data in; a trained model, its checkpoints, a curve and a sample out, all in the run folder.
 
@@ -53,6 +69,7 @@ def train(
         config: the whole run (see `recipes`); its kind says what is learned.
         recipe: the name it is filed under.
         report: what a person sees (default: nothing).
+        hosts: the processes that train together (default: `connect` as the config says).
 
     Returns:
         How it ended, and the run folder, which `load` (or, of a translation, `Translator`) reads.
@@ -66,33 +83,47 @@ def train(
         fix_threads()
     use_compilation_cache()
     keep_freed_memory()
-    run = RunFolder(run_path(config, recipe))
-    resuming = config.resume == "latest" and run.exists()
+    hosts = hosts or connect(config.distributed, config.hosts)
+    run = RunFolder(Path(hosts.of_first(str(run_path(config, recipe)))), writes=hosts.first)
+    if hosts.count > 1:
+        same = {name: value for name, value in flatten(config).items() if name not in OWN_OF_A_HOST}
+        hosts.compare({"code": code_version()} | same)
+    resuming, layout, prepared = hosts.together(lambda: _prepare(config, run, report, hosts))
+    hosts.compare({"data": prepared.data_fingerprint, "base model": prepared.base})
     if not resuming:
-        run.check_free()
-    unit, size = config.batch_unit
-    layout = choose_layout(config.parallel, size, unit, config.strict_reproducibility)
-    prepared = PREPARE[type(config)](config, report.say)
+        hosts.together(run.create)
+    hosts.check_shared(run.path)
     config = prepared.config
-    if resuming:
-        _check_same_run(run, prepared)
-    else:
-        run.create()
     task = next(name for name, kind in TASKS.items() if kind is type(config))
     base = {} if prepared.base is None else {"base": prepared.base}
     described = {"task": task, "recipe": recipe, "data": prepared.data_fingerprint}
-    run.describe_as(described | base | {"config": to_dict(config)})
-    prepared.tokenizer.save(run.tokenizer)
+    run.describe_as(described | base | {"config": to_dict(without_hosts(config))})
+    if run.writes:
+        prepared.tokenizer.save(run.tokenizer)
     for line in (*layout.notes, *prepared.announcement(layout)):
         report.say(line)
     report.begin(config.steps, prepared.task.unit)
     try:
-        outcome = loop.train(prepared.task, config, run, layout, report)
+        outcome = loop.train(prepared.task, config, run, layout, report, hosts)
     finally:
         report.finish()
     if not outcome.interrupted:
         prepared.conclude(run, report.say)
     return outcome, run
+
+
+def _prepare(config: RunConfig, run: RunFolder, report: Reporter, hosts: Hosts) -> tuple[bool, Layout, Prepared]:
+    """Whether an old run goes on, where it runs, and what: all that can be refused before anything is written."""
+    resuming = config.resume == "latest" and run.exists()
+    if not resuming:
+        run.check_free()
+    unit, size = config.batch_unit
+    layout = choose_layout(config.parallel, size, unit, config.strict_reproducibility, hosts.devices)
+    prepared = PREPARE[type(config)](config, report.say)
+    if resuming:
+        _check_same_run(run, prepared)
+    layout.shardings(jax.eval_shape(prepared.task.init, jax.random.key(0)))  # refuses what cannot be cut
+    return resuming, layout, prepared
 
 
 def _check_same_run(run: RunFolder, prepared: Prepared) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,32 @@ def run(arguments: str, cache: Path, devices: int = 1, code: int = 0, cwd: Path 
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_two(
+    arguments: str,
+    cache: Path,
+    devices: int = 1,
+    own: tuple[str, str] = ("", ""),
+    cwd: tuple[Path, Path] = (ROOT, ROOT),
+) -> list[subprocess.Popen[str]]:
+    """Start a run of two processes; `own` are further arguments of each, and `cwd` is where it stands."""
+    common = f"{arguments} --hosts.coordinator 127.0.0.1:{free_port()} --hosts.processes 2 --hosts.process"
+    return [start(f"{common} {number} {own[number]}", cache, devices, cwd[number]) for number in range(2)]
+
+
+def end_two(processes: list[subprocess.Popen[str]], *codes: int) -> list[tuple[str, str]]:
+    """Wait for both, check their exit codes, return what each printed, the lines of the Gloo library left out."""
+    printed = [process.communicate(timeout=300) for process in processes]
+    assert tuple(process.returncode for process in processes) == codes, printed
+    return [("".join(x for x in out.splitlines(True) if not x.startswith("[Gloo]")), err) for out, err in printed]
 
 
 def metrics(folder: Path, name: str = "train/loss") -> dict[int, float]:

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from jaxgpt.data.batches import WindowBatches, evaluation_batches, prefetch
+from jaxgpt.data.batches import Share, WindowBatches, evaluation_batches, prefetch
 from jaxgpt.data.shards import TokenStream
 
 
@@ -55,6 +55,40 @@ def test_each_window_comes_once_an_epoch():
             # Side by side from some phase on: none twice, no token between two of them left out.
             assert np.array_equal(np.sort(starts), starts.min() + length * np.arange(batches.windows))
             assert 0 <= starts.min() <= (size - 1) % length
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_read_each_position_once_an_epoch_in_the_same_global_order(hosts):
+    for size, length, rows in random_cases(7):
+        rows *= 4
+        batches = WindowBatches(counting_stream(size), length, rows, 2)
+        steps = -(-batches.windows // rows)
+        shares = [Share(host, host + 1, hosts) for host in range(hosts)]
+        parts = [[batches.batch(step, share) for step in range(steps)] for share in shares]
+        whole = [batches.batch(step) for step in range(steps)]
+        for step, batch in enumerate(whole):
+            own = [part[step] for part in parts]
+            assert {len(part["row"]) for part in own} == {rows // hosts}
+            for name, x in batch.items():
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in own]), x)
+        # The epoch's end may lie within a batch: positions from there on are of the next one.
+        places = [step * rows + part["row"] for own in parts for step, part in enumerate(own)]
+        seen = np.concatenate([part["tokens"][:, 0] for own in parts for part in own])
+        seen = seen[np.concatenate(places) < batches.windows]
+        assert np.array_equal(np.sort(seen), seen.min() + length * np.arange(batches.windows))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_read_each_held_out_target_once(hosts):
+    for size, length, rows in random_cases(8):
+        whole = list(evaluation_batches(counting_stream(size), length, 4 * rows))
+        parts = [
+            list(evaluation_batches(counting_stream(size), length, 4 * rows, Share(host, host + 1, hosts)))
+            for host in range(hosts)
+        ]
+        for batch, *own in zip(whole, *parts, strict=True):
+            for name, x in batch.items():
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in own]), x)
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

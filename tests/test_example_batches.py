@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import FinetuneConfig, GPTConfig
+from jaxgpt.data.batches import Share
 from jaxgpt.data.example_batches import ExampleBatches, encode_examples, input_forms
 from jaxgpt.data.examples import Example
 from jaxgpt.data.tokenizer import byte_tokenizer
@@ -78,3 +79,16 @@ def test_scores_lie_between_minus_one_and_one():
     config = dataclasses.replace(CONFIG, task="similarity", regression=True, labels=("1.0", "5.0"))
     given = [Example(("a", "b"), label) for label in ("1", "3", "5")]
     assert encode_examples(byte_tokenizer(), config, given, 64).labels.tolist() == [-1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_the_shares_of_hosts_are_the_batch(hosts):
+    given = encode_examples(byte_tokenizer(), CONFIG, random_examples(hosts, "classification"), 64)
+    batches = ExampleBatches(given, [12, 40], 8, 3, (1.0, 3.0))
+    shares = [Share(host, host + 1, hosts) for host in range(hosts)]
+    steps = range(batches.order.batches_per_epoch)
+    trained = [(batches.batch(step), *(batches.batch(step, share) for share in shares)) for step in steps]
+    held_out = zip(batches.in_order(), *(batches.in_order(share) for share in shares), strict=True)
+    for whole, *own in (*trained, *held_out):
+        for name, x in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in own]), x, err_msg=name)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "jaxgpt").rglob("*.py"))
 PARTS = [path.relative_to(ROOT) for path in MODULES]
 # A part of the package may import those of a lower number, and itself.
-RANK = {"config": 0, "environment": 0, "recipes": 1, "arguments": 1, "models": 1, "data": 1, "storage": 1}
+RANK = {"config": 0, "environment": 0, "hosts": 0.5, "recipes": 1, "arguments": 1, "models": 1, "data": 1, "storage": 1}
 RANK |= {
     "training": 2,
     "generation": 2,
@@ -26,7 +26,7 @@ RANK |= {
     "verify": 5,
 }
 RANK |= {"apps": 6, "cli": 7, "__main__": 8, "__init__": 8}
-ONLY = {"recipes": {"config"}, "arguments": {"config"}, "config": set(), "environment": set()}
+ONLY = {"recipes": {"config"}, "arguments": {"config"}, "config": set(), "environment": set(), "hosts": {"config"}}
 ONLY |= {"__init__": {"environment"}, "__main__": {"cli"}}
 HEAVY = {"torch", "transformers", "matplotlib", "tensorboardX"}
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

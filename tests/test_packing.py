@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import AdaptConfig, GPTConfig
+from jaxgpt.data.batches import Share
 from jaxgpt.data.conversations import EncodedConversation
 from jaxgpt.data.packing import PackedBatches, pack
 from jaxgpt.models.gpt import GPT, init_parameters, positions_within
@@ -90,3 +91,15 @@ def test_batches_are_a_function_of_the_step_and_hold_every_document_once_an_epoc
                 np.testing.assert_array_equal(one[name], other[name])
     targets = np.concatenate([batch["targets"][batch["segments"] > 0] for batch in made])
     assert sorted(targets) == sorted(np.concatenate([one.tokens[1:] for one in given]))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_the_shares_of_hosts_are_the_batch(hosts):
+    batches = PackedBatches(documents(hosts, 60), 24, 8, 0)
+    shares = [Share(host, host + 1, hosts) for host in range(hosts)]
+    steps = range(batches.order.batches_per_epoch)
+    trained = [(batches.batch(step), *(batches.batch(step, share) for share in shares)) for step in steps]
+    held_out = zip(batches.in_order(), *(batches.in_order(share) for share in shares), strict=True)
+    for whole, *own in (*trained, *held_out):
+        for name, x in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in own]), x, err_msg=name)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from jaxgpt.data.batches import Share
 from jaxgpt.data.buckets import choose_bounds, rows_of
 from jaxgpt.data.pair_batches import PairBatches, pair_lengths
 from jaxgpt.data.pairs import EncodedPairs
@@ -218,3 +219,15 @@ def test_rows_of_a_batch():
         count = rows_of(length, tokens, multiple)
         fitting = [n for n in range(multiple, 100, multiple) if n * length <= tokens]
         assert count == max(fitting, default=multiple)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_the_shares_of_hosts_are_the_batch(hosts):
+    batches = PairBatches(make_pairs(np.random.default_rng(hosts), 90, 20), END, [5, 12, 22], 200, 8, 0)
+    shares = [Share(host, host + 1, hosts) for host in range(hosts)]
+    steps = range(batches.order.batches_per_epoch)
+    trained = [(batches.batch(step), *(batches.batch(step, share) for share in shares)) for step in steps]
+    held_out = zip(batches.in_order(), *(batches.in_order(share) for share in shares), strict=True)
+    for whole, *own in (*trained, *held_out):
+        for name, x in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in own]), x, err_msg=name)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import AdaptConfig, GPTConfig, OptimizerConfig, ParallelConfig
+from jaxgpt.data.batches import Share
 from jaxgpt.models.gpt import init_parameters
+from jaxgpt.models.sharding import batch_sharding
 from jaxgpt.tasks import lm
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import choose_layout
@@ -150,3 +152,44 @@ def test_devices_are_chosen_by_what_divides_the_batch(config, batch_size, strate
 def test_what_does_not_divide_is_refused(config, batch_size, message):
     with pytest.raises(ValueError, match=message):
         choose_layout(config, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch_size", "places", "shares"),
+    [
+        (ParallelConfig(), 16, range(8), [(0, 4, 8), (4, 8, 8)]),
+        (ParallelConfig(), 12, (0, 1, 2, 4, 5, 6), [(0, 3, 6), (3, 6, 6)]),
+        (ParallelConfig("mesh", 1), 12, (0, 4), [(0, 1, 2), (1, 2, 2)]),
+        (ParallelConfig(mesh="data=2,tensor=4"), 4, range(8), [(0, 1, 2), (1, 2, 2)]),
+        (ParallelConfig(mesh="tensor=8"), 3, range(8), [(0, 1, 1), (0, 1, 1)]),
+        (ParallelConfig(mesh="fsdp=2,tensor=2"), 4, (0, 1, 4, 5), [(0, 1, 2), (1, 2, 2)]),
+    ],
+)
+def test_the_devices_of_two_hosts_are_one_mesh_and_each_host_has_its_rows(config, batch_size, places, shares):
+    devices = jax.devices()
+    hosts = [devices[:4], devices[4:]]
+    layout = choose_layout(config, batch_size, hosts=hosts)
+    assert layout.strategy == "mesh" and layout.devices == tuple(devices[place] for place in places)
+    assert bool(layout.notes) == (batch_size == 12 and config.devices is None)
+    assert [layout.share_of(own) for own in hosts] == [Share(*share) for share in shares]
+    for own, share in zip(hosts, shares, strict=True):
+        where = batch_sharding(layout.mesh).devices_indices_map((batch_size, 2))
+        rows = {row for device in own if device in where for row in range(batch_size)[where[device][0]]}
+        assert rows == set(range(batch_size)[Share(*share).rows(batch_size)])
+
+
+@pytest.mark.parametrize(
+    ("config", "batch_size", "message"),
+    [
+        (ParallelConfig("pmap"), 16, "parallel.strategy pmap is for one host, and there are 2"),
+        (ParallelConfig("single"), 16, "parallel.strategy single is for one host, and there are 2"),
+        (ParallelConfig(), 13, "data.batch-size 13 does not divide over 8 devices"),
+        (ParallelConfig(mesh="data=3"), 12, "data=3 needs 3 devices, as many of each of 2 hosts"),
+        (ParallelConfig(mesh="data=16"), 16, "data=16 needs 16 devices, but there are 8"),
+        (ParallelConfig(mesh="tensor=2,data=3"), 12, "2 devices along tensor, which neither divide the 3 of a host"),
+    ],
+)
+def test_what_does_not_fit_two_hosts_is_refused(config, batch_size, message):
+    devices = jax.devices()
+    with pytest.raises(ValueError, match=message):
+        choose_layout(config, batch_size, hosts=[devices[:4], devices[4:]])

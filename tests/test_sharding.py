@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import GPTConfig, OptimizerConfig, TransformerConfig
-from jaxgpt.models import gpt, transformer
+from jaxgpt.models import gpt, sharding, transformer
 from jaxgpt.models.sharding import add_up_rows, constrain, make_mesh, mesh_shape, state_shardings
 from jaxgpt.tasks import translation
 from jaxgpt.training.optimizer import make_optimizer
@@ -32,8 +32,8 @@ def test_bytes_of_a_device_fall_with_fsdp_times_tensor(kind, shape):
     state = {"parameters": parameters, "moments": make_optimizer(OptimizerConfig(), 1).init(parameters)}
     shardings = state_shardings(state, make_mesh(shape, jax.devices()))
     cut = shape.get("fsdp", 1) * shape.get("tensor", 1)
-    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
-        own = math.prod(sharding.shard_shape(leaf.shape))
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        own = math.prod(where.shard_shape(leaf.shape))
         stacked_vector = leaf.ndim <= 1 or min(leaf.shape[-2:]) <= 2
         positions = leaf.shape == (8, 16)  # a table by position is cut along the width alone
         if positions:
@@ -80,6 +80,13 @@ def test_without_a_mesh_nothing_happens():
     x = jnp.ones((2, 3))
     assert constrain(x, "batch", "width") is x
     assert add_up_rows(lambda whole, rows: (whole, rows), 1, x) == (1, x)
+
+
+def test_no_parameter_is_cut_twice_along_an_axis(monkeypatch):
+    """A rule that the table does not have yet: the axis is named."""
+    monkeypatch.setattr(sharding, "LOGICAL_AXES", {"up/kernel": ("layers", "hidden", "heads")})
+    with pytest.raises(ValueError, match="up/kernel is to be cut along the mesh axis tensor twice"):
+        state_shardings({"up": {"kernel": jnp.ones((1, 8, 8))}}, make_mesh({"tensor": 8}, jax.devices()))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ from jaxgpt.cli.text import evaluate, export, generate, verify
 from jaxgpt.cli.training import inspect, train
 from jaxgpt.cli.translation import translate
 from jaxgpt.cli.tuned import chat, classify
-from jaxgpt.config import suggestion
+from jaxgpt.config import BAD_INPUT, suggestion
 
-BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "inspect": inspect,

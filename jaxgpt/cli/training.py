@@ -8,10 +8,12 @@ from pathlib import Path
 
 from jaxgpt import recipes
 from jaxgpt.arguments import parse, value_of
-from jaxgpt.config import FinetuneConfig, require
+from jaxgpt.config import FinetuneConfig, RunConfig, require
+from jaxgpt.data.batches import WHOLE
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.report import make_reporter
 
+PROG = "python train.py [RECIPE]"
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 TRAIN_USAGE = """usage: python train.py [RECIPE] [--section.key value ...]   (or: jaxgpt train ...)
@@ -50,7 +52,6 @@ def train(arguments: list[str]) -> int:
     recipe = named or "default"
     if any(argument in ("-h", "--help") for argument in arguments):
         print(TRAIN_USAGE.format(recipes=recipes.describe()))
-    prog = "python train.py [RECIPE]"
     out = value_of("--out", arguments)
     existing = out is not None and RunFolder(Path(out)).exists()
     if named == "finetune" and not existing and value_of("--init-from", arguments) is None:
@@ -59,28 +60,40 @@ def train(arguments: list[str]) -> int:
     if named is None and out is not None and existing:
         # What is resumed may be of another task, with other settings; that it is to be resumed is said each time.
         chosen = dataclasses.replace(RunFolder(Path(out)).saved_config(), resume="never")
-    config = parse(type(chosen), arguments, prog, chosen)
+    config = parse(type(chosen), arguments, PROG, chosen)
 
     # Everything below needs JAX; what is above answers without it.
     from jaxgpt import launch
+    from jaxgpt.hosts import joined
 
-    run = RunFolder(launch.run_path(config, recipe))
-    if config.resume == "latest" and not run.exists():
+    with joined(config.distributed, config.hosts) as hosts:
+        config, recipe = hosts.together(
+            lambda: _resolved(config, launch.run_path(config, recipe), recipe, arguments, named)
+        )
+        report = make_reporter(config.quiet or not hosts.first)
+        outcome, run = launch.train(config, recipe=recipe, report=report, hosts=hosts)
+        report.say(launch.summary(outcome, run))
+    return STOPPED if outcome.interrupted else 0
+
+
+def _resolved(
+    config: RunConfig, path: Path, recipe: str, arguments: list[str], named: str | None
+) -> tuple[RunConfig, str]:
+    """Config and recipe of a run; of one that is resumed its own, with what the arguments change."""
+    if config.resume != "latest":
+        return config, recipe
+    run = RunFolder(path)
+    if not run.exists():
         started = named is not None or any(flag.startswith(("--data", "--model", "--optimizer")) for flag in arguments)
         require(started, f"there is no run in {run.path} to resume; name a recipe or its data to start one")
-    elif config.resume == "latest":
-        description = run.describe()
-        require(
-            named in (None, description["recipe"]),
-            f"{run.path} was trained with the recipe {description['recipe']}, not {named}",
-        )
-        recipe = description["recipe"]
-        saved = dataclasses.replace(run.saved_config(), out=str(run.path))
-        config = parse(type(saved), arguments, prog, saved)
-    report = make_reporter(config.quiet)
-    outcome, run = launch.train(config, recipe=recipe, report=report)
-    report.say(launch.summary(outcome, run))
-    return STOPPED if outcome.interrupted else 0
+        return config, recipe
+    description = run.describe()
+    require(
+        named in (None, description["recipe"]),
+        f"{run.path} was trained with the recipe {description['recipe']}, not {named}",
+    )
+    saved = dataclasses.replace(run.saved_config(), out=str(run.path))
+    return parse(type(saved), arguments, PROG, saved), description["recipe"]
 
 
 def inspect(arguments: list[str]) -> int:
@@ -99,7 +112,7 @@ def inspect(arguments: list[str]) -> int:
     from jaxgpt.tasks.initial import SPECIAL_TOKENS
 
     prepared = launch.PREPARE[type(config)](config, print)
-    batch = next(iter(prepared.task.batches(options.batch, options.batch + 1)))
+    batch = next(iter(prepared.task.batches(options.batch, options.batch + 1, WHOLE)))
     labels: tuple[str, ...] = ()
     special: dict[int, str] = {}
     if isinstance(prepared.config, FinetuneConfig):

@@ -6,7 +6,7 @@ sentence under a field is its `--help`. A recipe (`recipes.py`) is a complete `R
 
 from __future__ import annotations
 
-from jaxgpt.config.conversion import flatten, from_dict, require, suggestion, to_dict
+from jaxgpt.config.conversion import BAD_INPUT, flatten, from_dict, require, suggestion, to_dict
 from jaxgpt.config.generation import GenerationConfig, LengthRule
 from jaxgpt.config.models import (
     ActivationName,
@@ -22,7 +22,9 @@ from jaxgpt.config.models import (
 from jaxgpt.config.runs import (
     AdaptConfig,
     DataConfig,
+    Distributed,
     GPTRunConfig,
+    HostsConfig,
     LoraTarget,
     OptimizerConfig,
     ParallelConfig,
@@ -35,6 +37,7 @@ from jaxgpt.config.translation import PairsConfig, TranslationConfig
 from jaxgpt.config.tuning import ChatConfig, ConversationsConfig, ExamplesConfig, FinetuneConfig, TuningTask
 
 __all__ = [
+    "BAD_INPUT",
     "TASKS",
     "ActivationName",
     "AdaptConfig",
@@ -43,12 +46,14 @@ __all__ = [
     "ChatConfig",
     "ConversationsConfig",
     "DataConfig",
+    "Distributed",
     "Dtype",
     "ExamplesConfig",
     "FinetuneConfig",
     "GPTConfig",
     "GPTRunConfig",
     "GenerationConfig",
+    "HostsConfig",
     "LengthRule",
     "LoraTarget",
     "OptimizerConfig",

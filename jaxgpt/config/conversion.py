@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+# What a person can mend: exit code 2 at the command line. Any other error is a run that failed.
+BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def require(condition: bool, message: str) -> None:

@@ -9,6 +9,7 @@ from jaxgpt.config.conversion import require
 from jaxgpt.config.models import BlockConfig, GPTConfig
 
 Strategy = Literal["auto", "single", "pmap", "mesh"]
+Distributed = Literal["auto", "on", "off"]
 LoraTarget = Literal["qkv", "out", "up", "down"]
 
 
@@ -104,10 +105,10 @@ class ParallelConfig:
     """How one step is spread over devices. It changes how long a step takes, not what it computes."""
 
     strategy: Strategy = "auto"
-    """single: one device; pmap: data-parallel jax.pmap; mesh: jit over a mesh; auto: mesh if one is given, else pmap if
-    several devices"""
+    """single: one device; pmap: data-parallel jax.pmap; mesh: jit over a mesh; auto: mesh if one is given or there are
+    several hosts, else pmap if several devices"""
     devices: int | None = None
-    """how many local devices (default: all that divide the batch)"""
+    """how many devices of each host (default: all that divide the batch)"""
     mesh: str | None = None
     """how many devices along each axis of a mesh, as in data=2,fsdp=2,tensor=2 (default, with mesh: all along data)"""
     gradient_accumulation: int = 1
@@ -127,12 +128,44 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class HostsConfig:
+    """Where the other processes of a run are, which only a launcher that JAX does not know has to say."""
+
+    coordinator: str | None = None
+    """address and port of process 0, as in 10.0.0.1:8476"""
+    processes: int | None = None
+    """how many there are, of all hosts together"""
+    process: int | None = None
+    """which this one is, from 0"""
+    timeout: int = 300
+    """seconds in which all must have come together"""
+    heartbeat: int = 100
+    """seconds without a sign of life after which a process counts as dead, and the others end"""
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "timeout", "heartbeat"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"hosts.{name} is {value}; it must be at least 1")
+        address, _, port = (self.coordinator or "host:1").rpartition(":")
+        fits = bool(address) and port.isdecimal() and 0 < int(port) < 2**16
+        require(fits, f"hosts.coordinator is {self.coordinator}; it must be ADDRESS:PORT")
+        one, count = self.process, self.processes
+        require(one is None or one >= 0, f"hosts.process is {one}; it must not be negative")
+        fits = one is None or count is None or one < count
+        require(fits, f"hosts.process is {one}, and the {count} of hosts.processes are numbered from 0")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What every training run has, whatever it learns."""
 
     model: BlockConfig = field(default_factory=BlockConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    distributed: Distributed = "auto"
+    """whether this process is one of several that train together: on, off, or auto: if its launcher says so (Slurm,
+    Open MPI, Kubernetes, Cloud TPU), or a coordinator is given"""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     steps: int = 2000
     """optimiser steps"""
     seed: int = 1337
@@ -165,6 +198,7 @@ class RunConfig:
         for name in ("steps", "eval_interval", "checkpoint_interval", "average", "patience", "log_interval"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name.replace('_', '-')} is {value}; it must be at least 1")
+        require("://" not in (self.out or ""), f"out is {self.out}; it must be a folder, as that of a mounted bucket")
         seconds = self.max_seconds
         require(seconds is None or seconds > 0, f"max-seconds is {seconds}; it must be positive")
         if self.strict_reproducibility:

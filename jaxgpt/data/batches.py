@@ -19,6 +19,26 @@ Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which rows of every global batch one host reads: of so many equal `parts`, `first` to before `stop`."""
+
+    first: int = 0
+    stop: int = 1
+    parts: int = 1
+
+    def rows(self, size: int) -> slice:
+        """The rows, of a global batch of `size`, which `parts` divides."""
+        return slice(self.first * size // self.parts, self.stop * size // self.parts)
+
+    def of(self, batch: Batch) -> Batch:
+        """The share of a global batch that has been made whole."""
+        return {name: x[self.rows(len(x))] for name, x in batch.items()}
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
 class WindowBatches:
     """Windows of running text in a seeded order, each once an epoch.
 
@@ -40,17 +60,18 @@ class WindowBatches:
         """n, windows an epoch."""
         return (len(self.stream) - 1) // self.sequence_length
 
-    def batch(self, step: int) -> Batch:
-        """The global batch of one step.
+    def batch(self, step: int, share: Share = WHOLE) -> Batch:
+        """The global batch of one step, or a share of its rows.
 
         Returns:
             `tokens` and `targets` (B, T) int32, the targets one token further on; `weights` (B, T) float32, 1 where a
             target counts; `row` (B,) int32, the place in the global batch.
         """
-        first = step * self.batch_size
-        starts = [self._start(first + row) for row in range(self.batch_size)]
+        rows = np.arange(self.batch_size, dtype=np.int32)[share.rows(self.batch_size)]
+        starts = [self._start(step * self.batch_size + int(row)) for row in rows]
         windows = np.stack([self.stream.read(s, s + self.sequence_length + 1) for s in starts]).astype(np.int32)
-        return _fields(windows[:, :-1], windows[:, 1:], np.ones((self.batch_size, self.sequence_length), np.float32))
+        weights = np.ones((len(rows), self.sequence_length), np.float32)
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "weights": weights, "row": rows}
 
     def _start(self, position: int) -> int:
         epoch, index = divmod(position, self.windows)
@@ -65,8 +86,10 @@ def _shuffle(windows: int, slack: int, seed: int, epoch: int) -> tuple[Int64[np.
     return generator.permutation(windows), int(generator.integers(slack + 1))
 
 
-def evaluation_batches(stream: TokenStream, sequence_length: int, batch_size: int) -> Iterator[Batch]:
-    """Yield the whole of a split in order: every token but the first is a target exactly once.
+def evaluation_batches(
+    stream: TokenStream, sequence_length: int, batch_size: int, share: Share = WHOLE
+) -> Iterator[Batch]:
+    """Yield the whole of a split in order, or a share of each batch: every token but the first is a target once.
 
     The last batch is padded to the same shape; what is padding has weight 0.
 
@@ -75,14 +98,15 @@ def evaluation_batches(stream: TokenStream, sequence_length: int, batch_size: in
     """
     check_length(stream, sequence_length, "held-out split")
     inputs = len(stream) - 1
-    per_batch = batch_size * sequence_length
-    for start in range(0, inputs, per_batch):
-        chunk = stream.read(start, min(start + per_batch, inputs) + 1).astype(np.int32)
-        tokens, targets, weights = (np.zeros(per_batch, dtype) for dtype in (np.int32, np.int32, np.float32))
+    rows = np.arange(batch_size, dtype=np.int32)[share.rows(batch_size)]
+    shape = (len(rows), sequence_length)
+    for batch in range(0, inputs, batch_size * sequence_length):
+        start = min(batch + int(rows[0]) * sequence_length, inputs)
+        chunk = stream.read(start, min(start + rows.size * sequence_length, inputs) + 1).astype(np.int32)
+        tokens, targets, weights = (np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.float32))
         count = len(chunk) - 1
-        tokens[:count], targets[:count], weights[:count] = chunk[:-1], chunk[1:], 1.0
-        shape = (batch_size, sequence_length)
-        yield _fields(tokens.reshape(shape), targets.reshape(shape), weights.reshape(shape))
+        tokens.flat[:count], targets.flat[:count], weights.flat[:count] = chunk[:-1], chunk[1:], 1.0
+        yield {"tokens": tokens, "targets": targets, "weights": weights, "row": rows}
 
 
 def check_length(stream: TokenStream, sequence_length: int, name: str) -> None:
@@ -92,11 +116,6 @@ def check_length(stream: TokenStream, sequence_length: int, name: str) -> None:
             f"the {name} has {len(stream)} tokens, fewer than the {sequence_length + 1} of one sequence and its "
             "targets; give more text, or a shorter data.sequence-length"
         )
-
-
-def _fields(tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> Batch:
-    row = np.arange(len(tokens), dtype=np.int32)
-    return {"tokens": tokens, "targets": targets, "weights": weights, "row": row}
 
 
 T = TypeVar("T")

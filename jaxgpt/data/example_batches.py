@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxgpt.config import FinetuneConfig, TuningTask
-from jaxgpt.data.batches import Batch
+from jaxgpt.data.batches import WHOLE, Batch, Share
 from jaxgpt.data.buckets import Bucket, Buckets
 from jaxgpt.data.examples import Example, choice_of, score_of
 from jaxgpt.data.tokenizer import Tokenizer
@@ -125,8 +125,8 @@ class ExampleBatches:
         self._sequences = examples.most_sequences
         self.order = Buckets(examples.lengths, bounds, 0, rows, seed)
 
-    def batch(self, step: int) -> Batch:
-        """The global batch of one step.
+    def batch(self, step: int, share: Share = WHOLE) -> Batch:
+        """The global batch of one step, or a share of its rows.
 
         Returns:
             `tokens` and `targets`, one token further on (B, O, T) int32; `lm_weights` (B, O, T) float32, how much each
@@ -135,16 +135,19 @@ class ExampleBatches:
             and `weights` (B,) float32; `example` (B,), its number; `row` (B,) int32, the place in the global batch.
         """
         batch = self._make(*self.order.at(step))
-        total = batch["lm_weights"].sum()
+        total = batch["lm_weights"].sum()  # of the whole batch, which is therefore made first
         batch["lm_weights"] *= batch["weights"].sum() / max(total, 1.0)
-        return batch
+        return share.of(batch)
 
-    def in_order(self) -> Iterator[Batch]:
-        """Yield every example once, unshuffled; each language-model target, and each example, with the weight 1."""
+    def in_order(self, share: Share = WHOLE) -> Iterator[Batch]:
+        """Yield every example once, unshuffled; each language-model target, and each example, with the weight 1.
+
+        Of each batch a share.
+        """
         for bucket, members in self.order.in_order():
             batch = self._make(bucket, members)
             batch["weights"] = (batch["weights"] > 0).astype(np.float32)
-            yield batch
+            yield share.of(batch)
 
     def _make(self, bucket: Bucket, members: np.ndarray) -> Batch:
         shape = (bucket.rows, self._sequences, bucket.length)

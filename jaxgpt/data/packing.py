@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxgpt.data.batches import Batch
+from jaxgpt.data.batches import WHOLE, Batch, Share
 from jaxgpt.data.buckets import Bucket, Buckets, choose_bounds
 from jaxgpt.data.conversations import EncodedConversation
 
@@ -51,25 +51,26 @@ class PackedBatches:
         """Share of the places that is padding."""
         return 1.0 - sum(document.inputs for document in self._documents) / self.order.places
 
-    def batch(self, step: int) -> Batch:
-        """The global batch of one step.
+    def batch(self, step: int, share: Share = WHOLE) -> Batch:
+        """The global batch of one step, or a share of its rows.
 
         Returns:
             `tokens`, `targets`, one token further on, and `segments`, which number the documents of a row from 1 and
             padding 0 (B, T) int32; `weights` (B, T) float32, 1 where a target is to be learned; `row` (B,) int32.
         """
-        return self._make(*self.order.at(step))
+        return self._make(*self.order.at(step), share)
 
-    def in_order(self) -> Iterator[Batch]:
-        """Yield every document once, unshuffled."""
+    def in_order(self, share: Share = WHOLE) -> Iterator[Batch]:
+        """Yield every document once, unshuffled; of each batch a share."""
         for bucket, members in self.order.in_order():
-            yield self._make(bucket, members)
+            yield self._make(bucket, members, share)
 
-    def _make(self, bucket: Bucket, members: np.ndarray) -> Batch:
-        shape = (bucket.rows, bucket.length)
+    def _make(self, bucket: Bucket, members: np.ndarray, share: Share) -> Batch:
+        numbers = np.arange(bucket.rows, dtype=np.int32)[share.rows(bucket.rows)]
+        shape = (len(numbers), bucket.length)
         tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
         weights = np.zeros(shape, np.float32)
-        for row, member in enumerate(members):
+        for row, member in enumerate(members[share.rows(bucket.rows)]):
             start = 0
             for number, document in enumerate(self.packed[member], 1):
                 one = self._documents[document]
@@ -79,5 +80,5 @@ class PackedBatches:
                 start += one.inputs
         return {
             "tokens": tokens, "targets": targets, "segments": segments, "weights": weights,
-            "row": np.arange(bucket.rows, dtype=np.int32),
+            "row": numbers,
         }  # fmt: skip

@@ -76,7 +76,8 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of each leaf of a state (arrays or their shapes), parameters and the optimiser's moments alike.
 
     Raises:
-        ValueError: an axis of a parameter does not divide by the mesh axis that it is cut along; both are named.
+        ValueError: an axis of a parameter does not divide by the mesh axis that it is cut along, or two of its axes
+            are to be cut along the same one; it is named.
     """
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -85,6 +86,8 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
         if len(logical) != len(leaf.shape):
             return NamedSharding(mesh, PartitionSpec())
         axes = [None if name is None else RULES[name] for name in logical]
+        for twice in (axis for axis in AXES if axes.count(axis) > 1):
+            raise ValueError(f"{'/'.join(names[-2:])} is to be cut along the mesh axis {twice} twice: {logical}")
         for size, axis in zip(leaf.shape, axes, strict=True):
             if isinstance(axis, str) and size % mesh.shape[axis]:
                 raise ValueError(

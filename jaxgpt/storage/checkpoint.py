@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxgpt.hosts import whole
+
 FORMAT = 1
 
 Trees = dict[str, Any]
@@ -234,7 +236,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 def checksums(tree: Any) -> dict[str, int]:
     """CRC-32 of the bytes of every leaf, by its path in the tree."""
-    return {name: zlib.crc32(_bytes_of(leaf)) for name, leaf in by_path(tree).items()}
+    return {name: zlib.crc32(_bytes_of(whole(leaf))) for name, leaf in by_path(tree).items()}
 
 
 def _bytes_of(leaf: Any) -> memoryview:

@@ -20,6 +20,8 @@ class RunFolder:
     """Paths and files of one run. Every file is written whole or appended line by line, never half."""
 
     path: Path
+    writes: bool = True
+    """whether this process writes them: of several that train together one does"""
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -78,12 +80,14 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder of a new run (see `check_free`)."""
-        self.check_free()
-        self.path.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+            self.check_free()
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def describe_as(self, description: dict[str, Any]) -> None:
         """Write config.json: from then on the folder is a run."""
-        write_atomically(self.config, json.dumps({"format": FORMAT} | description, indent=2) + "\n")
+        if self.writes:
+            write_atomically(self.config, json.dumps({"format": FORMAT} | description, indent=2) + "\n")
 
     def describe(self) -> dict[str, Any]:
         """Read config.json.
@@ -116,6 +120,8 @@ class RunFolder:
 
     def log(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
+        if not self.writes:
+            return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -135,16 +141,22 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run writes those lines again."""
+        if not self.writes:
+            return
         kept = [record for record in self.history() if record["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def add_sample(self, step: int, text: str) -> None:
         """Append a sample to samples.txt."""
+        if not self.writes:
+            return
         with self.samples.open("a", encoding="utf-8") as file:
             file.write(f"--- step {step} ---\n{text}\n\n")
 
     def draw_curves(self) -> None:
         """Draw training and held-out loss over the steps into curves.png."""
+        if not self.writes:
+            return
         # Matplotlib takes half a second to import; most users of this module never draw.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

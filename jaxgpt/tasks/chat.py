@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxgpt.config import AdaptConfig, ChatConfig, GenerationConfig, GPTConfig
-from jaxgpt.data.batches import prefetch
+from jaxgpt.data.batches import WHOLE, Share, prefetch
 from jaxgpt.data.conversations import (
     Conversation,
     EncodedConversation,
@@ -90,9 +90,9 @@ class ChatTuning:
         self.evaluation_sums: EvaluationSums = functools.partial(loss, config.model, config.adapt)
         self.width, self.unit = config.model.width, "tokens"
 
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start: int, stop: int, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
-        return prefetch(self.train.batch, start, stop)
+        return prefetch(functools.partial(self.train.batch, share=share), start, stop)
 
     def evaluation_metrics(self, sums: Sequence[np.ndarray], parameters: Parameters) -> dict[str, float]:
         """Loss and perplexity of the held-out answers, and how many come out to the letter when decoded greedily."""

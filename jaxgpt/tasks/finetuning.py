@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxgpt.config import FinetuneConfig
-from jaxgpt.data.batches import prefetch
+from jaxgpt.data.batches import WHOLE, Share, prefetch
 from jaxgpt.data.buckets import choose_bounds
 from jaxgpt.data.example_batches import SPECIALS, EncodedExamples, ExampleBatches, encode_examples
 from jaxgpt.data.examples import class_names, open_examples, score_range
@@ -126,9 +126,9 @@ class FineTuning:
         self.evaluation_sums: EvaluationSums = functools.partial(evaluation_sums, config, len(held_out), self._outputs)
         self.width, self.unit = config.model.width, "examples"
 
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start: int, stop: int, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
-        return prefetch(self.train.batch, start, stop)
+        return prefetch(functools.partial(self.train.batch, share=share), start, stop)
 
     def evaluation_metrics(self, sums: Sequence[np.ndarray], parameters: Parameters) -> dict[str, float]:
         """Loss of the task, of the language model, and what the judgements are worth."""
@@ -165,6 +165,8 @@ class FineTuning:
             say("\n" + "\n".join(lines).rstrip())
             run.add_sample(config.steps, "\n".join(lines))
         if config.regression or config.task == "multiple-choice":
+            return
+        if not run.writes:
             return
         confusion = judgements.confusion_matrix(self._held_out.labels, table.argmax(axis=1), config.outputs)
         text = judgements.confusion_table(confusion, config.labels)

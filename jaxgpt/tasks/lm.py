@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxgpt.config import AdaptConfig, GenerationConfig, GPTConfig, TrainConfig
 from jaxgpt.data import shards as data
-from jaxgpt.data.batches import WindowBatches, check_length, evaluation_batches, prefetch
+from jaxgpt.data.batches import WHOLE, Share, WindowBatches, check_length, evaluation_batches, prefetch
 from jaxgpt.data.shards import TokenizedText
 from jaxgpt.generation.decode import Text, gpt_decoder
 from jaxgpt.generation.text import Writer, write
@@ -71,9 +71,9 @@ class LanguageModelling:
         self.evaluation_sums: EvaluationSums = functools.partial(loss, config.model, config.adapt)
         self.width, self.unit = config.model.width, "tokens"
 
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start: int, stop: int, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
-        return prefetch(self._windows.batch, start, stop)
+        return prefetch(functools.partial(self._windows.batch, share=share), start, stop)
 
     def evaluation_metrics(self, sums: Sequence[np.ndarray], parameters: Parameters) -> dict[str, float]:
         """Loss (nats a token), perplexity, and bits per byte of the held-out text, which no tokenizer can flatter."""

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxgpt.config import GenerationConfig, TransformerConfig, TranslationConfig
-from jaxgpt.data.batches import prefetch
+from jaxgpt.data.batches import WHOLE, Share, prefetch
 from jaxgpt.data.buckets import choose_bounds
 from jaxgpt.data.pair_batches import PairBatches, pair_lengths
 from jaxgpt.data.pairs import Dropped, EncodedPairs, encode_pairs, joint_tokenizer, open_pairs
@@ -92,9 +92,9 @@ class Translation:
         self.loss: Loss = functools.partial(loss, config.model, config.label_smoothing)
         self.width, self.unit = config.model.width, "tokens"
 
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start: int, stop: int, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
         """The global batches of steps `start` to `stop`, made ahead of time in a thread."""
-        return prefetch(self.pairs.batch, start, stop)
+        return prefetch(functools.partial(self.pairs.batch, share=share), start, stop)
 
     def evaluation_metrics(self, sums: Sequence[np.ndarray], parameters: Parameters) -> dict[str, float]:
         """Smoothed loss, perplexity (unsmoothed), and what greedy translations of held-out sentences are worth."""

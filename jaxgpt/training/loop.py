@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import RunConfig
+from jaxgpt.data.batches import Share
+from jaxgpt.hosts import Hosts, SharedStop
 from jaxgpt.models.partition import combine
 from jaxgpt.storage.checkpoint import Checkpoints
 from jaxgpt.storage.runs import RunFolder
@@ -28,6 +30,7 @@ from jaxgpt.training.parallel import Layout
 from jaxgpt.training.report import Reporter, describe_evaluation
 from jaxgpt.training.step import EvaluationSums, Loss, Parameters, TrainState, evaluation_step, training_step
 
+ALONE = Hosts()
 FIRST_STEPS = 20  # logged one by one, whatever the interval: a run that starts wrong shows it here
 
 
@@ -45,11 +48,11 @@ class Task(Protocol):
     def init(self, key: jax.Array) -> tuple[Parameters, Parameters]:
         """Initial parameters: those that are trained, and those that stay as they are (see `models.partition`)."""
 
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
-        """The global batches of steps `start` to `stop`, each a pure function of (seed, step)."""
+    def batches(self, start: int, stop: int, share: Share) -> Iterator[dict[str, np.ndarray]]:
+        """Of the global batches of steps `start` to `stop`, each a pure function of (seed, step), this host's share."""
 
-    def evaluation_batches(self) -> Iterable[dict[str, np.ndarray]]:
-        """The whole held-out split, each target once."""
+    def evaluation_batches(self, share: Share) -> Iterable[dict[str, np.ndarray]]:
+        """The whole held-out split, each target once, in global batches; of each this host's share."""
 
     def evaluation_metrics(self, sums: Sequence[np.ndarray], parameters: Parameters) -> dict[str, float]:
         """What the sums (float64) mean, and what else the held-out split shows: at least `eval/loss`."""
@@ -74,6 +77,9 @@ class Stop:
     requested: bool = False
     _previous: dict[int, Any] = field(default_factory=dict)
 
+    def at(self, step: int) -> None:
+        """The step after `step` is about to begin; several hosts decide here (see `hosts.SharedStop`)."""
+
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,7 +98,9 @@ class Stop:
             os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C once more leaves at once\n")
 
 
-def train(task: Task, config: RunConfig, run: RunFolder, layout: Layout, report: Reporter) -> Outcome:
+def train(
+    task: Task, config: RunConfig, run: RunFolder, layout: Layout, report: Reporter, hosts: Hosts = ALONE
+) -> Outcome:
     """Train from the newest checkpoint in `run` (or from the start) to the end of the budget.
 
     Raises:
@@ -105,8 +113,8 @@ def train(task: Task, config: RunConfig, run: RunFolder, layout: Layout, report:
         run.checkpoints, keep=config.average, regular=config.saves_at, metric=metric, highest=highest
     )
     try:
-        with Stop() as stop:
-            return _Loop(task, config, run, layout, report, checkpoints, stop).run()
+        with Stop() if hosts.count == 1 else SharedStop() as stop:
+            return _Loop(task, config, run, layout, report, checkpoints, stop, hosts).run()
     finally:
         checkpoints.close()
 
@@ -122,9 +130,10 @@ class _Loop:
         layout: Layout,
         report: Reporter,
         checkpoints: Checkpoints,
-        stop: Stop,
+        stop: Stop | SharedStop,
+        hosts: Hosts,
     ) -> None:
-        self.task, self.config, self.run_folder, self.report = task, config, run, report
+        self.task, self.config, self.run_folder, self.report, self.hosts = task, config, run, report, hosts
         self.layout, self.checkpoints, self.stop = layout, checkpoints, stop
         optimizer = make_optimizer(config.optimizer, config.steps, task.width)
         step = training_step(
@@ -162,8 +171,9 @@ class _Loop:
         pending: tuple[int, dict[str, jax.Array]] | None = None
         self.last_settled = time.monotonic()
 
-        for batch in self.task.batches(step, config.steps):
+        for batch in self.task.batches(step, config.steps, self.layout.share):
             position = self._position(step)
+            self.stop.at(step)
             if self.stop.requested or position >= config.steps or self._out_of_patience():
                 break
             state, metrics = self.step_program(state, self.layout.place(batch), np.float32(position))
@@ -217,7 +227,7 @@ class _Loop:
         final_evaluation = self.evaluation_seconds if self.evaluation_seconds < math.inf else 0.0
         evaluations = 2 if self.config.average > 1 else 1  # of the last state, and of the mean
         budget = max(self.config.max_seconds - evaluations * final_evaluation, 1e-6)
-        return max(float(step), self.config.steps * self.seconds / budget)
+        return self.hosts.of_first(max(float(step), self.config.steps * self.seconds / budget))
 
     def _out_of_patience(self) -> bool:
         return self.config.patience is not None and self.fruitless >= self.config.patience
@@ -264,10 +274,10 @@ class _Loop:
         program, place = self.evaluation_program, self.layout.place
         # Read one by one: with all of them under way at once, simulated devices can wait for each other for ever.
         totals: list[np.ndarray] = []
-        for batch in self.task.evaluation_batches():
+        for batch in self.task.evaluation_batches(self.layout.share):
             sums = [np.asarray(part, np.float64) for part in jax.device_get(program(parameters, place(batch)))]
             totals = [np.asarray(x + part) for x, part in zip(totals, sums, strict=True)] if totals else sums
-        return self.task.evaluation_metrics(totals, parameters)
+        return self.hosts.of_first(self.task.evaluation_metrics(totals, parameters))  # what they decode may differ
 
     def _save(self, state: TrainState, step: int) -> None:
         metrics = {self.metric: self.evaluation[self.metric]} if self.evaluated == step else None
@@ -320,7 +330,7 @@ def metrics_writer(run: RunFolder, tensorboard: bool) -> Callable[[dict[str, Any
     Raises:
         ValueError: TensorBoard was asked for and tensorboardX is not installed.
     """
-    if not tensorboard:
+    if not (tensorboard and run.writes):
         return run.log
     try:
         from tensorboardX import SummaryWriter

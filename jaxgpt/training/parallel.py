@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,24 +14,41 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxgpt.config import ParallelConfig
+from jaxgpt.data.batches import WHOLE, Share
+from jaxgpt.hosts import whole
 from jaxgpt.models.sharding import BATCH, batch_sharding, make_mesh, mesh_shape, state_shardings
 from jaxgpt.training.step import Step, identity
 from jaxgpt.training.strict import compile_strict, place_shards
 
 AXIS = "data"
+Strategy = Literal["single", "pmap", "mesh", "strict"]
 
 
 @dataclass(frozen=True)
 class Layout:
     """On which devices a step runs and how; `notes` is what the user should know about the choice."""
 
-    strategy: Literal["single", "pmap", "mesh", "strict"]
+    strategy: Strategy
     devices: tuple[jax.Device, ...]
     notes: tuple[str, ...] = ()
     shape: Mapping[str, int] = field(default_factory=dict)
     """devices along each axis of a mesh, see `models.sharding`; those that it does not name have one"""
     shards: int = 1
     """strict: parts of every batch, each computed by itself, see `training.strict`"""
+
+    @property
+    def share(self) -> Share:
+        """The rows of every global batch that this host reads: those that its devices work on."""
+        here = jax.process_index()
+        return self.share_of([device for device in self.devices if device.process_index == here])
+
+    def share_of(self, devices: Collection[jax.Device]) -> Share:
+        """The rows of every global batch that some devices, side by side, work on."""
+        if self.strategy != "mesh":
+            return WHOLE
+        tensor = self.shape.get("tensor", 1)  # so many devices after another work on the same rows
+        parts = [place // tensor for place, device in enumerate(self.devices) if device in devices]
+        return Share(min(parts), max(parts) + 1, len(self.devices) // tensor)
 
     @property
     def mesh(self) -> Mesh:
@@ -54,14 +71,21 @@ class Layout:
         return jax.device_put(made, self.shardings(made))
 
     def place(self, batch: dict[str, np.ndarray]) -> Any:
-        """Give each device its rows of a global batch, as the program of `compile` takes them."""
+        """Give each device its rows of a global batch, `batch` being this host's share, as `compile` takes it."""
         if self.strategy == "strict":
             return place_shards(batch, self.devices, self.shards)
         if self.strategy == "pmap":
             # pmap itself sends row i of the leading axis to device i.
             return {name: x.reshape(len(self.devices), -1, *x.shape[1:]) for name, x in batch.items()}
         if self.strategy == "mesh":
-            return jax.device_put(batch, batch_sharding(self.mesh))
+            share, sharding = self.share, batch_sharding(self.mesh)
+            times, own = share.parts, share.stop - share.first
+
+            def spread(x: np.ndarray) -> jax.Array:
+                shape = (len(x) * times // own, *x.shape[1:])
+                return jax.make_array_from_process_local_data(sharding, x, shape)
+
+            return {name: spread(x) for name, x in batch.items()}
         return jax.device_put(batch, self.devices[0])
 
     def compile(self, step: Callable[..., Any], *, scalars: int = 0, donate: bool = False) -> Callable[..., Any]:
@@ -98,77 +122,102 @@ class Layout:
 
 def on_one_device(tree: Any) -> Any:
     """Every array whole on a local device, for what is not spread over devices, such as decoding."""
-
-    def whole(x: jax.Array) -> jax.Array:
-        if not x.is_fully_replicated:
-            assert isinstance(x.sharding, NamedSharding)
-            x = jax.jit(identity, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
-        return x.addressable_data(0)
-
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(lambda x: whole(x).addressable_data(0), tree)
 
 
 def choose_layout(
-    config: ParallelConfig, batch_size: int, name: str = "data.batch-size", strict: bool = False
+    config: ParallelConfig,
+    batch_size: int,
+    name: str = "data.batch-size",
+    strict: bool = False,
+    hosts: Sequence[Sequence[jax.Device]] | None = None,
 ) -> Layout:
     """Choose devices and strategy for global batches of `batch_size` sequences, or of a multiple of it.
 
-    `name` is the setting that it is. `strict` asks for the same bits on any number of devices (see `training.strict`).
+    `auto` takes a mesh of the devices of all hosts; on one host pmap, or the one device there is. Of each host it takes
+    the largest number of devices that divides the batch.
 
-    `auto` takes pmap with the largest number of local devices that divides the batch, or the one device there is.
+    Args:
+        name: the setting that `batch_size` is.
+        strict: whether the bits are to be the same on any number of devices (see `training.strict`).
+        hosts: the devices of each host, as many everywhere (default: the local ones, of one host).
 
     Raises:
         ValueError: more devices asked for than there are, or an explicit strategy whose devices (times the
-            accumulation steps) do not divide the batch.
+            accumulation steps) do not divide the batch, or which is for one host where there are several.
     """
-    local = jax.local_devices()
-    accumulation = config.gradient_accumulation
-    if config.devices is not None and config.devices > len(local):
-        raise ValueError(f"parallel.devices is {config.devices}, but there are {len(local)} local devices")
-    wanted = config.devices or len(local)
+    hosts = hosts or [jax.local_devices()]
+    accumulation, several = config.gradient_accumulation, len(hosts) > 1
+    if config.devices is not None and config.devices > len(hosts[0]):
+        raise ValueError(f"parallel.devices is {config.devices}, but there are {len(hosts[0])} local devices")
+    wanted = config.devices or len(hosts[0])
     if batch_size % accumulation:
         raise ValueError(f"parallel.gradient-accumulation {accumulation} does not divide {name} {batch_size}")
+    if several and config.strategy not in ("auto", "mesh"):
+        raise ValueError(
+            f"parallel.strategy {config.strategy} is for one host, and there are {len(hosts)}: leave it out, or take "
+            "mesh"
+        )
     if strict:
-        return _strict_layout(config, local[:wanted], batch_size, name)
+        return _strict_layout(config, [own[:wanted] for own in hosts], batch_size, name)
     if config.mesh is not None:
         # With strategy auto, to name a mesh is to ask for it.
-        return _mesh_layout(config.mesh, local[:wanted], batch_size, accumulation, name)
+        return _mesh_layout(config.mesh, [own[:wanted] for own in hosts], batch_size, accumulation, name)
     if config.strategy == "single":
         if config.devices not in (None, 1):
             raise ValueError(f"parallel.strategy single runs on one device, not {config.devices}")
-        return Layout("single", (local[0],))
-    if config.strategy == "auto":
-        used = max(n for n in range(1, wanted + 1) if batch_size % (n * accumulation) == 0)
-        notes = (f"{name} {batch_size} does not divide over {wanted} devices; using {used}",) if used < wanted else ()
-        return Layout("pmap" if used > 1 else "single", tuple(local[:used]), notes)
-    if batch_size % (wanted * accumulation):
-        rows = f"{wanted} devices" + (f" x {accumulation} micro-batches" if accumulation > 1 else "")
+        return Layout("single", (hosts[0][0],))
+    fitting = [n for n in range(1, wanted + 1) if batch_size % (n * len(hosts) * accumulation) == 0]
+    if config.strategy == "auto" and fitting:
+        used = fitting[-1]
+        each = " of each host" if several else ""
+        notes = (f"{name} {batch_size} does not divide over {wanted} devices{each}; using {used}",)
+        strategy: Strategy = "mesh" if several else "pmap" if used > 1 else "single"
+        return Layout(strategy, _side_by_side(hosts, used), notes if used < wanted else ())
+    if wanted not in fitting:
+        rows = f"{wanted * len(hosts)} devices" + (f" x {accumulation} micro-batches" if accumulation > 1 else "")
         raise ValueError(
             f"{name} {batch_size} does not divide over {rows}; change it, or parallel.devices, "
             "or take parallel.strategy auto"
         )
-    return Layout(config.strategy, tuple(local[:wanted]))
+    return Layout("pmap" if config.strategy == "pmap" else "mesh", _side_by_side(hosts, wanted))
 
 
-def _mesh_layout(spelled: str, devices: Sequence[jax.Device], batch_size: int, accumulation: int, name: str) -> Layout:
-    """A mesh of the first devices that it needs."""
+def _side_by_side(hosts: Sequence[Sequence[jax.Device]], each: int) -> tuple[jax.Device, ...]:
+    """So many devices of each host, those of a host one after another: a host then reads one run of rows."""
+    return tuple(device for own in hosts for device in own[:each])
+
+
+def _mesh_layout(
+    spelled: str, hosts: Sequence[Sequence[jax.Device]], batch_size: int, accumulation: int, name: str
+) -> Layout:
+    """A mesh of the first devices of each host that it needs."""
     shape = mesh_shape(spelled)
-    needed = math.prod(shape.values())
-    if needed > len(devices):
-        raise ValueError(f"parallel.mesh {spelled} needs {needed} devices, but there are {len(devices)} to use")
+    needed, there = math.prod(shape.values()), sum(map(len, hosts))
+    if needed > there:
+        raise ValueError(f"parallel.mesh {spelled} needs {needed} devices, but there are {there} to use")
+    if needed % len(hosts):
+        raise ValueError(f"parallel.mesh {spelled} needs {needed} devices, as many of each of {len(hosts)} hosts")
+    each, tensor = needed // len(hosts), shape.get("tensor", 1)
+    if len(hosts) > 1 and each % tensor and tensor % each:
+        raise ValueError(
+            f"parallel.mesh {spelled} has {tensor} devices along tensor, which neither divide the {each} of a host nor "
+            "are a multiple of them"
+        )
     shares = math.prod(shape.get(axis, 1) for axis in BATCH)
     if batch_size % (shares * accumulation):
         rows = f"{shares} devices" + (f" x {accumulation} micro-batches" if accumulation > 1 else "")
         raise ValueError(f"{name} {batch_size} does not divide over the {rows} of parallel.mesh {spelled}; change one")
-    return Layout("mesh", tuple(devices[:needed]), shape=shape)
+    return Layout("mesh", _side_by_side(hosts, each), shape=shape)
 
 
-def _strict_layout(config: ParallelConfig, devices: Sequence[jax.Device], batch_size: int, name: str) -> Layout:
+def _strict_layout(config: ParallelConfig, hosts: Sequence[Sequence[jax.Device]], batch_size: int, name: str) -> Layout:
     """So many virtual shards on as many of the devices as there are shards for."""
-    if jax.process_count() > 1:
+    if len(hosts) > 1:
         raise ValueError(
-            f"strict-reproducibility runs on the devices of one host, and there are {jax.process_count()} processes"
+            f"strict-reproducibility runs on the devices of one host, and there are {len(hosts)} processes"
         )
+    devices = hosts[0]
     shards, accumulation = config.virtual_shards, config.gradient_accumulation
     if batch_size % (shards * accumulation):
         rows = f"parallel.virtual-shards {shards}" + (f" x {accumulation} micro-batches" if accumulation > 1 else "")

@@ -1,0 +1,12 @@
+"""The processes that train together: how they find each other, what they tell each other, how they end.
+
+A host here is a process; on a machine there may be several. Nothing else in the package knows about processes.
+"""
+
+from __future__ import annotations
+
+from jaxgpt.hosts.ending import GONE, SharedStop, joined
+from jaxgpt.hosts.exchange import Hosts, code_version, whole, without_hosts
+from jaxgpt.hosts.joining import connect, detected
+
+__all__ = ["GONE", "Hosts", "SharedStop", "code_version", "connect", "detected", "joined", "whole", "without_hosts"]
