@@ -232,7 +232,7 @@ def manifest_checksum(index: dict[str, Any]) -> int:
 
 
 def _open_split(folder: Path, manifest: str, index: dict[str, Any], split: str) -> TokenStream:
-    description, shards = index[split], []
+    description, shards = index[split], list[np.ndarray]()
     for entry in description["shards"]:
         name = entry["file"]
         if not isinstance(name, str) or os.path.basename(name) != name:
