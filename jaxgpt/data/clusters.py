@@ -27,11 +27,13 @@ def _on_ray(resources: dict[str, Any], function: Callable[[Any], Any], values: S
         return
     import ray.data
 
-    def one(row: dict[str, Any]) -> dict[str, Any]:
-        return {"item": function(row["item"])}
-
-    for row in ray.data.from_items(list(values), override_num_blocks=len(values)).map(one, **resources).iter_rows():
+    items = ray.data.from_items(list(values), override_num_blocks=len(values))
+    for row in items.map(functools.partial(_on_row, function), **resources).iter_rows():
         yield row["item"]
+
+
+def _on_row(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:
+    return {"item": function(row["item"])}
 
 
 def on_beam(options: Any = None) -> Mapper:
