@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data.corpus import DEFAULT_BYTES, Corpus, open_corpus, split_corpus, standard_library
+from jaxgpt.data.corpus import DEFAULT_BYTES, Corpus, open_corpus, standard_library
+from jaxgpt.data.split import split_corpus
 
 
 def write(folder: Path, texts: dict[str, str | bytes]) -> Path:

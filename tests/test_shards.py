@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config import DataConfig
-from jaxgpt.data import shards
+from jaxgpt.data import encoding, shards
 from jaxgpt.data.shards import TokenStream, prepare
 from jaxgpt.data.tokenizer import byte_tokenizer, train_bpe
 
@@ -104,7 +104,7 @@ def test_how_the_text_is_cut_into_shards_and_batches_changes_nothing(tmp_path, m
     texts = documents(6)
     whole = contents(prepare(config(tmp_path / "text", texts, tmp_path / "a")).train)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 50)
-    monkeypatch.setattr(shards, "DOCUMENTS_AT_ONCE", 3)
+    monkeypatch.setattr(encoding, "DOCUMENTS_AT_ONCE", 3)
     assert np.array_equal(contents(prepare(config(tmp_path / "text", texts, tmp_path / "b")).train), whole)
 
 

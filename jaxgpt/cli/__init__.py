@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from jaxgpt import __version__
 from jaxgpt.cli.planning import plan
+from jaxgpt.cli.preparing import prepare
 from jaxgpt.cli.text import evaluate, export, generate, verify
 from jaxgpt.cli.training import inspect, train
 from jaxgpt.cli.translation import translate
@@ -23,6 +24,7 @@ from jaxgpt.config import BAD_INPUT, suggestion
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "prepare": prepare,
     "inspect": inspect,
     "plan": plan,
     "generate": generate,
@@ -37,6 +39,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 USAGE = """usage: jaxgpt VERB ...
 
   train [RECIPE] [--section.key value ...]   train a model (the same as python train.py)
+  prepare TEXT.. --out FOLDER                tokenise a large corpus once, for --data.path FOLDER
   inspect RECIPE|RUN [--batch N]             show a batch that it is trained on
   plan RECIPE [--topology v5e:16x16]         will it fit, how fast can it be, before renting anything
   generate --model MODEL --prompt TEXT       let a model write

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxgpt import recipes
 from jaxgpt.arguments import parse, value_of
-from jaxgpt.config import FinetuneConfig, RunConfig, require
+from jaxgpt.config import FinetuneConfig, RunConfig, TrainConfig, require
 from jaxgpt.data.batches import WHOLE
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.report import make_reporter
@@ -60,7 +60,7 @@ def train(arguments: list[str]) -> int:
     if named is None and out is not None and existing:
         # What is resumed may be of another task, with other settings; that it is to be resumed is said each time.
         chosen = dataclasses.replace(RunFolder(Path(out)).saved_config(), resume="never")
-    config = parse(type(chosen), arguments, PROG, chosen)
+    config = _parsed(arguments, PROG, chosen)
 
     # Everything below needs JAX; what is above answers without it.
     from jaxgpt import launch
@@ -93,7 +93,18 @@ def _resolved(
         f"{run.path} was trained with the recipe {description['recipe']}, not {named}",
     )
     saved = dataclasses.replace(run.saved_config(), out=str(run.path))
-    return parse(type(saved), arguments, PROG, saved), description["recipe"]
+    return _parsed(arguments, PROG, saved), description["recipe"]
+
+
+def _parsed(arguments: list[str], prog: str, default: RunConfig) -> RunConfig:
+    """A config with its flags. Of a prepared folder that they name, tokenizer and split are what they are there."""
+    from jaxgpt.data.shards import adopted
+
+    path = value_of("--data.path", arguments)
+    if path is not None and isinstance(default, TrainConfig):
+        settled = adopted(dataclasses.replace(default.data, path=(path,)))
+        default = dataclasses.replace(default, data=dataclasses.replace(settled, path=default.data.path))
+    return parse(type(default), arguments, prog, default)
 
 
 def inspect(arguments: list[str]) -> int:
@@ -105,7 +116,7 @@ def inspect(arguments: list[str]) -> int:
     options = parse(InspectOptions, [*taken("--batch", rest), *taken("--rows", rest)], "jaxgpt inspect")
     folder = RunFolder(Path(name))
     config = folder.saved_config() if folder.exists() else recipes.recipe(name)
-    config = parse(type(config), rest, "jaxgpt inspect RECIPE|RUN", config)
+    config = _parsed(rest, "jaxgpt inspect RECIPE|RUN", config)
 
     from jaxgpt import launch
     from jaxgpt.apps.inspection import describe_batch

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import DataConfig
 
+PREPARED = "prepared.json"  # the manifest of a folder that `jaxgpt prepare` made of text
+UNFINISHED = ".prepare"  # what it works with until it is done
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write half of a pair, UTF-8 cannot
 DEFAULT_BYTES = 8_000_000  # of the standard library's 12 MB: enough for minutes of training, quick to tokenise
 # Tests, installed packages, programs; and `encodings`, which is tables of characters rather than Python.
@@ -62,14 +63,23 @@ class Corpus:
     def _documents(self, path: Path | None) -> Iterator[str]:
         if path is None:
             yield self.standard_input
-        elif path.suffix == ".jsonl":
-            yield from (json_field(record, self.text_field, where) for record, where in json_records(path))
-        else:
-            try:
-                yield decode_text(path.read_bytes(), str(path))
-            except ValueError:
-                if not self.skip_undecodable:
-                    raise
+            return
+        try:
+            yield from read_documents(path, self.text_field)
+        except ValueError:
+            if not self.skip_undecodable:
+                raise
+
+
+def read_documents(path: Path, text_field: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """Yield the documents of one file: of a .jsonl those of its lines (see `json_records`), else the whole.
+
+    Raises: as `Corpus.__iter__`.
+    """
+    if path.suffix == ".jsonl":
+        yield from (json_field(record, text_field, where) for record, where in json_records(path, start, stop))
+    else:
+        yield decode_text(path.read_bytes(), str(path))
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -91,6 +101,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         path = Path(entry)
         if not path.exists():
             raise FileNotFoundError(f"data.path: there is no file or folder {path}")
+        if is_prepared(path):
+            raise ValueError(f"data.path: {path} is a folder of tokens made by jaxgpt prepare, and no text")
         if not path.is_dir() and not path.is_file():
             raise ValueError(f"data.path: {path} is no regular file; pipe it to standard input and give -")
         found = sorted(_visible_files(path)) if path.is_dir() else [path]
@@ -112,6 +124,11 @@ def standard_library() -> Corpus:
         if not NOT_SOURCE.intersection(path.relative_to(root).parts) and not path.name.startswith(MACHINE_SPECIFIC)
     )
     return Corpus(tuple(files), skip_undecodable=True, limit=DEFAULT_BYTES)
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a path is a folder of tokens that `jaxgpt prepare` made, or was making when it was stopped."""
+    return (path / PREPARED).is_file() or (path / UNFINISHED).is_dir()
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
@@ -148,17 +165,27 @@ def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
             yield text.removesuffix("\n").removesuffix("\r")
 
 
-def json_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def json_records(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the object of each line that is not blank, and where it stands.
 
+    Args:
+        start, stop: only of the lines that begin at these bytes or between, `stop` excluded.
+
     Raises:
-        ValueError: a line that is not UTF-8, not JSON, or no object; its number is named.
+        ValueError: a line that is not UTF-8, not JSON, or no object; its number is named, or its place in bytes if
+            lines before it were not read.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
+        if start:
+            file.seek(start - 1)
+            file.readline()  # the end of a line that begins before, or the newline before one that begins right there
+        place, number = file.tell(), 0
+        while (stop is None or place < stop) and (line := file.readline()):
+            number += 1
+            where = f"{path}, line {number}" if not start else f"{path}, the line at byte {place:,}"
+            place += len(line)
             text = decode_text(line, where)
-            if number == 1:
+            if not start and number == 1:
                 text = text.removeprefix("\ufeff")  # the mark some editors put first, which is no JSON
             if not text.strip():
                 continue
@@ -185,66 +212,3 @@ def json_field(record: dict[str, Any], field: str, where: str) -> str:
     if not value.isascii() and SURROGATE.search(value):
         raise ValueError(f"{where}: the field {field!r} has half a character (\\ud800 to \\udfff)")
     return value
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which part of a corpus is held out, found in one pass over it.
-
-    One document: its first `1 - share` characters are trained on and the rest is held out. Several: whole documents
-    are held out, those with the smallest digests, so that the choice depends on no order, and equal documents are
-    always on the same side; but not one that is more than half of the text.
-    """
-
-    fingerprint: str
-    documents: int
-    single_train_characters: int
-    held_out_digests: frozenset[bytes]
-
-    def part(self, corpus: Corpus, held_out: bool) -> Iterator[str]:
-        """Yield the documents (or the part of the one) to train on, or those held out."""
-        for text in corpus:
-            if self.documents == 1:
-                yield text[self.single_train_characters :] if held_out else text[: self.single_train_characters]
-            elif (_digest(text) in self.held_out_digests) == held_out:
-                yield text
-
-
-def split_corpus(corpus: Corpus, share: float) -> Split:
-    """Decide what is held out: about `share` of the text.
-
-    Raises:
-        ValueError: no text at all, too little of it to split, or nothing but copies of one document.
-    """
-    sizes: dict[bytes, int] = {}
-    whole = hashlib.sha256()
-    count = total = characters = 0
-    for text in corpus:
-        digest, size = _digest(text), len(text.encode())
-        sizes[digest] = sizes.get(digest, 0) + size
-        whole.update(digest)
-        count, total, characters = count + 1, total + size, len(text)
-    if not count:
-        names = ", ".join(str(path or "standard input") for path in corpus.files[:3]) or "no file"
-        raise ValueError(f"the data holds no text; this was read: {names}{' ...' if len(corpus.files) > 3 else ''}")
-    if count == 1:
-        # nanoGPT's int(n * 0.9); for other shares without the rounding that makes 10 * (1 - 0.9) fall short of 1.
-        train = int(characters * (1 - share) + 1e-6)
-        if not 0 < train < characters:
-            raise ValueError(
-                f"the data is one text of {characters} characters, too short to hold {share:.0%} of it out"
-            )
-        return Split(whole.hexdigest(), count, train, frozenset())
-    if len(sizes) == 1:
-        raise ValueError(f"the data is {count} copies of one document, so none can be held out")
-    held_out: set[bytes] = set()
-    size, most = 0, max(share, 0.5) * total  # a document that is most of the text is there to be trained on
-    for digest in sorted(sizes):
-        if size < share * total and sizes[digest] <= most and len(held_out) < len(sizes) - 1:
-            held_out.add(digest)
-            size += sizes[digest]
-    return Split(whole.hexdigest(), count, 0, frozenset(held_out))
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()

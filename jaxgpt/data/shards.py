@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -18,14 +20,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt
 
-from jaxgpt.config import DataConfig
-from jaxgpt.data.corpus import Corpus, Split, open_corpus, split_corpus
-from jaxgpt.data.tokenizer import Tokenizer, byte_tokenizer, character_tokenizer, load_tokenizer, train_bpe
+from jaxgpt.config import DataConfig, from_dict, to_dict
+from jaxgpt.data.corpus import PREPARED, Corpus, is_prepared, open_corpus
+from jaxgpt.data.encoding import encoded, given_tokenizer, make_tokenizer, token_type
+from jaxgpt.data.split import Split, split_corpus
+from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from jaxgpt.environment import cache_folder
 
 FORMAT = 3
 SHARD_TOKENS = 2**26
-DOCUMENTS_AT_ONCE = 256  # encoded together, on all cores
+SETTLED = ("text_field", "tokenizer", "vocab_size", "unknown", "held_out")  # by what a prepared folder was made with
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,19 @@ class TokenStream:
     bytes: int
 
     def __len__(self) -> int:
-        return sum(len(shard) for shard in self.shards)
+        return self._ends[-1]
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(map(len, self.shards)))
 
     def read(self, start: int, stop: int) -> UInt[np.ndarray, " n"]:
         """Return tokens `start` to `stop`, read from disk as needed."""
-        pieces, offset = [], 0
-        for shard in self.shards:
-            low, high = max(start - offset, 0), min(stop - offset, len(shard))
-            if low < high:
-                pieces.append(shard[low:high])
-            offset += len(shard)
+        pieces, number = [], bisect.bisect_right(self._ends, start)
+        while start < min(stop, len(self)):
+            shard, end = self.shards[number], self._ends[number]
+            pieces.append(shard[len(shard) - (end - start) :][: stop - start])
+            start, number = end, number + 1
         return np.concatenate(pieces) if pieces else self.shards[0][:0]
 
 
@@ -63,7 +70,7 @@ class TokenizedText:
 def prepare(
     config: DataConfig, say: Callable[[str], None] = lambda line: None, tokenizer: Tokenizer | None = None
 ) -> TokenizedText:
-    """Tokenise the text of a config, or find it tokenised already.
+    """Tokenise the text of a config, or find it tokenised already: in the cache, or by `jaxgpt prepare`.
 
     The cache folder's name is a digest of the text, the tokenizer asked for and the split: changed text is tokenised
     anew, unchanged text never is, wherever it lies.
@@ -78,28 +85,23 @@ def prepare(
         ValueError: a shard in the cache is damaged; it is named.
         OSError: the cache cannot be written; nothing half written is left.
     """
-    if tokenizer is None and config.tokenizer not in ("byte", "character", "bpe"):
-        if not Path(config.tokenizer).exists():
-            raise FileNotFoundError(f"data.tokenizer: {config.tokenizer} is none of byte, character, bpe, and no path")
-        tokenizer = load_tokenizer(config.tokenizer)
+    if len(config.path) == 1 and is_prepared(Path(config.path[0])):
+        return _open_prepared(Path(config.path[0]), config, tokenizer)
+    tokenizer = tokenizer or given_tokenizer(config)
     corpus = open_corpus(config)
     split = split_corpus(corpus, config.held_out)
-    kind = tokenizer.fingerprint if tokenizer else f"{config.tokenizer} {config.vocab_size} {config.unknown}"
-    key = hashlib.sha256(f"{FORMAT} {split.fingerprint} {kind} {config.held_out}".encode()).hexdigest()[:32]
+    key = content_key(config, split, tokenizer)
     folder = (Path(config.cache) if config.cache else cache_folder() / "tokens") / key
     if not folder.is_dir():
-        tokenizer = tokenizer or _make_tokenizer(config, corpus, split, say)
+        tokenizer = tokenizer or make_tokenizer(config, corpus, split, say)
         _write(folder, corpus, split, tokenizer, say)
     return read_tokens(folder, key)
 
 
-def _make_tokenizer(config: DataConfig, corpus: Corpus, split: Split, say: Callable[[str], None]) -> Tokenizer:
-    if config.tokenizer == "byte":
-        return byte_tokenizer()
-    if config.tokenizer == "character":
-        return character_tokenizer(corpus, config.unknown)  # of the whole text, held-out part included
-    say(f"training a byte-level BPE of {config.vocab_size:,} tokens")
-    return train_bpe(split.part(corpus, held_out=False), config.vocab_size)
+def content_key(config: DataConfig, split: Split, tokenizer: Tokenizer | None) -> str:
+    """A digest of everything that decides the tokens; `tokenizer` is the one given, if one is."""
+    kind = tokenizer.fingerprint if tokenizer else f"{config.tokenizer} {config.vocab_size} {config.unknown}"
+    return hashlib.sha256(f"{FORMAT} {split.fingerprint} {kind} {config.held_out}".encode()).hexdigest()[:32]
 
 
 def _write(folder: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
@@ -112,7 +114,7 @@ def _write(folder: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, say
         for name, held_out in (("train", False), ("held_out", True)):
             index[name] = _write_split(temporary, name, split.part(corpus, held_out), tokenizer)
         say(f"tokenised {(index['train']['bytes'] + index['held_out']['bytes']) / 1e6:.1f} MB of text")
-        index["crc32"] = _checksum(index)
+        index["crc32"] = manifest_checksum(index)
         tokenizer.save(temporary / "tokenizer.json")
         (temporary / "index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         # Another process may have made the same folder meanwhile; the contents are the same, so either will do.
@@ -126,18 +128,17 @@ def _write(folder: Path, corpus: Corpus, split: Split, tokenizer: Tokenizer, say
 
 
 def _write_split(folder: Path, name: str, documents: Iterator[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    dtype = token_type(tokenizer)
     description: dict[str, Any] = {"documents": 0, "bytes": 0, "shards": []}
 
     def pieces() -> Iterator[np.ndarray]:
         separator = np.array([tokenizer.separator], dtype)
-        while batch := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                if description["documents"]:
-                    yield separator  # between documents, and only there
-                description["documents"] += 1
-                description["bytes"] += len(text.encode())
-                yield ids.astype(dtype)
+        for text, ids in encoded(documents, tokenizer):
+            if description["documents"]:
+                yield separator  # between documents, and only there
+            description["documents"] += 1
+            description["bytes"] += len(text.encode())
+            yield ids.astype(dtype)
 
     for number, tokens in enumerate(_in_shards(pieces(), dtype)):
         file = f"{name}-{number:05d}.npy"
@@ -166,34 +167,76 @@ def read_tokens(folder: Path, fingerprint: str) -> TokenizedText:
     Raises:
         ValueError: a file is missing or damaged; it is named.
     """
-    path = folder / "index.json"
+    _, tokenizer, train, held_out = _read(folder, "index.json")
+    return TokenizedText(tokenizer, fingerprint, train, held_out)
+
+
+def _read(folder: Path, manifest: str) -> tuple[dict[str, Any], Tokenizer, TokenStream, TokenStream]:
     try:
-        index = json.loads(path.read_text("utf-8"))
+        index = json.loads((folder / manifest).read_text("utf-8"))
         if index["format"] != FORMAT:
-            raise ValueError(f"index.json is of format {index['format']}, not {FORMAT}")
-        if index.pop("crc32") != _checksum(index):
-            raise ValueError("index.json does not have the checksum it was written with")
-        streams = [_open_split(folder, index[name], index["vocab_size"]) for name in ("train", "held_out")]
+            raise ValueError(f"{manifest} is of format {index['format']}, not {FORMAT}")
+        if index.pop("crc32") != manifest_checksum(index):
+            raise ValueError(f"{manifest} does not have the checksum it was written with")
+        train, held_out = (_open_split(folder, manifest, index, name) for name in ("train", "held_out"))
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         if tokenizer.fingerprint != index["tokenizer"]:
             raise ValueError("tokenizer.json is not the one the text was tokenised with")
-    except (KeyError, TypeError, OSError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, OSError, ValueError, RecursionError) as error:
         unreadable = not isinstance(error, OSError) and type(error) is not ValueError
-        reason = f"{path.name} is not what was written" if unreadable else error
+        reason = f"{manifest} is not what was written" if unreadable else error
         raise ValueError(f"damaged tokens in {folder}: {reason}; delete that folder to make them anew") from error
-    return TokenizedText(tokenizer, fingerprint, *streams)
+    return index, tokenizer, train, held_out
 
 
-def _checksum(index: dict[str, Any]) -> int:
+def adopted(config: DataConfig) -> DataConfig:
+    """A config whose path is a prepared folder, with what that was made with; any other as it is.
+
+    Raises:
+        ValueError: the folder is damaged or not done.
+    """
+    if len(config.path) != 1 or not is_prepared(Path(config.path[0])):
+        return config
+    path = Path(config.path[0]) / PREPARED
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is not prepared to the end; start jaxgpt prepare for it again")
+    try:
+        settled = json.loads(path.read_text("utf-8"))["settled"]
+        return from_dict(DataConfig, to_dict(config) | {name: settled[name] for name in SETTLED})
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"damaged tokens in {path.parent}: {PREPARED} is not what was written") from error
+
+
+def _open_prepared(folder: Path, config: DataConfig, tokenizer: Tokenizer | None) -> TokenizedText:
+    """The tokens of a prepared folder, which a config and a given tokenizer must not contradict."""
+    own = adopted(config)
+    index, found, train, held_out = _read(folder, PREPARED)
+    for name in SETTLED:
+        asked, there = getattr(config, name), getattr(own, name)
+        if asked != there and tokenizer is None:
+            flag = name.replace("_", "-")
+            raise ValueError(f"data.{flag} is {asked}, but {folder} was prepared with {there}; leave it out")
+    if tokenizer is not None and tokenizer.fingerprint != found.fingerprint:
+        raise ValueError(
+            f"{folder} was prepared with another tokenizer than that of the model of init-from; prepare it with "
+            "--tokenizer and that model's folder"
+        )
+    if not isinstance(index.get("fingerprint"), str):
+        raise ValueError(f"damaged tokens in {folder}: {PREPARED} has no fingerprint")
+    return TokenizedText(found, index["fingerprint"], train, held_out)
+
+
+def manifest_checksum(index: dict[str, Any]) -> int:
+    """CRC-32 of a manifest without its own."""
     return zlib.crc32(json.dumps(index).encode())
 
 
-def _open_split(folder: Path, description: dict[str, Any], vocab_size: int) -> TokenStream:
-    shards = []
+def _open_split(folder: Path, manifest: str, index: dict[str, Any], split: str) -> TokenStream:
+    description, shards = index[split], list[np.ndarray]()
     for entry in description["shards"]:
         name = entry["file"]
         if not isinstance(name, str) or os.path.basename(name) != name:
-            raise ValueError(f"index.json names a file {name!r} outside the folder")
+            raise ValueError(f"{manifest} names a file {name!r} outside the folder")
         # Mapped, and read where it is needed: the tokens need not fit into memory. `open_memmap` takes arrays only,
         # where `np.load` would also open an archive.
         try:
@@ -204,9 +247,11 @@ def _open_split(folder: Path, description: dict[str, Any], vocab_size: int) -> T
             raise ValueError(f"{name} does not have the shape it was written with")
         if zlib.crc32(tokens.data) != entry["crc32"]:
             raise ValueError(f"{name} does not have the checksum it was written with")
-        if len(tokens) and int(tokens.max()) >= vocab_size:
-            raise ValueError(f"{name} has token {int(tokens.max())}, beyond the vocabulary of {vocab_size}")
+        if len(tokens) and int(tokens.max()) >= index["vocab_size"]:
+            raise ValueError(f"{name} has token {int(tokens.max())}, beyond the vocabulary of {index['vocab_size']}")
         shards.append(tokens)
     if not shards:
-        raise ValueError("index.json names no shard")
+        raise ValueError(f"{manifest} names no shard")
+    if index.get("separated") == "after":  # each document; between them is what training reads
+        shards[-1] = shards[-1][:-1]
     return TokenStream(tuple(shards), description["documents"], description["bytes"])

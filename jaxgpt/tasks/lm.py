@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Key
 from jaxgpt.config import AdaptConfig, GenerationConfig, GPTConfig, TrainConfig
 from jaxgpt.data import shards as data
 from jaxgpt.data.batches import WHOLE, Share, WindowBatches, check_length, evaluation_batches, prefetch
+from jaxgpt.data.corpus import is_prepared
 from jaxgpt.data.shards import TokenizedText
 from jaxgpt.generation.decode import Text, gpt_decoder
 from jaxgpt.generation.text import Writer, write
@@ -118,7 +120,8 @@ def prepare(config: TrainConfig, say: Callable[[str], None]) -> Prepared:
         ValueError, FileNotFoundError: what is wrong with the data, or does not fit it.
     """
     base = None if config.init_from is None else load_pretrained(config.init_from)
-    given = None if base is None else base_tokenizer(config.data.tokenizer, base)
+    prepared = config.data.path and is_prepared(Path(config.data.path[0]))  # then it says which tokenizer it has
+    given = None if base is None else base.tokenizer if prepared else base_tokenizer(config.data.tokenizer, base)
     text = data.prepare(config.data, say, given)
     model = adopted(config.model, base)
     size = with_vocabulary(model.vocab_size, text.tokenizer)
