@@ -167,9 +167,9 @@ def _serve(pipe: Connection, build: Build, arguments: Sequence[Any]) -> None:
 
 
 def in_turn(
-    turns: Mapping[str, Callable[[], float]], rounds: int, unit: str, amount: float
+    turns: Mapping[str, Callable[[], float]], rounds: int, unit: str, amount: float, reference: str = "ours"
 ) -> dict[str, dict[str, Any]]:
-    """Give everyone `rounds` turns: how much of `amount` a second, and what ours is to theirs, by round.
+    """Give everyone `rounds` turns: how much of `amount` a second, and what the reference's is to theirs, by round.
 
     Args:
         turns: each does its work and returns the seconds that it took.
@@ -182,8 +182,8 @@ def in_turn(
     results: dict[str, dict[str, Any]] = {}
     for name, values in seconds.items():
         results[name] = {unit: spread([amount / value for value in values])}
-        if name != "ours":
-            ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], values, strict=True)]
+        if name != reference:
+            ratios = [theirs / ours for ours, theirs in zip(seconds[reference], values, strict=True)]
             results[name]["ratio"] = spread(ratios)
     return results
 
@@ -209,6 +209,18 @@ def measured_peak_flops(size: int = 2048, repeats: int = 20) -> float:
     product(matrix, matrix).block_until_ready()
     best = min(seconds_of(lambda: product(matrix, matrix).block_until_ready()) for _ in range(repeats))
     return 2 * size**3 / best
+
+
+def measured_bandwidth(size: int = 2**28, repeats: int = 10) -> float:
+    """Bytes a second of the best of `repeats` passes that read and write `size` bytes in place: the memory's peak."""
+    numbers = jnp.zeros(size // 4, jnp.float32)
+    program = jax.jit(lambda x: x + 1, donate_argnums=0)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        numbers = program(numbers).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size / best
 
 
 class PeakMemory:

@@ -78,20 +78,28 @@ def torch_train_step(
     return step, {"state_bytes": 3 * sum(p.numel() * p.element_size() for p in model.parameters())}
 
 
-def torch_gpt(peer: str, config: GPTConfig, tensors: Mapping[str, np.ndarray]) -> tuple[Any, Callable[[Any], Any]]:
-    """A model for training, and a function of tokens (B, T) that gives its logits (B, T, V); see `torch_train_step`."""
+def torch_gpt(
+    peer: str, config: GPTConfig, tensors: Mapping[str, np.ndarray] | None = None
+) -> tuple[Any, Callable[[Any], Any]]:
+    """A model for training, and a function of tokens (B, T) that gives its logits (B, T, V); see `torch_train_step`.
+
+    Without `tensors` it is drawn as GPT-2's.
+    """
     import torch
     import transformers
     from plain_gpt import PlainGPT
 
     if peer == "plain":
         plain = PlainGPT(config).train()
-        plain.load(tensors)
+        if tensors is not None:
+            plain.load(tensors)
         return plain, plain
     transformers.logging.set_verbosity_error()
     described = config_to_hf(config, None) | {"attn_implementation": "sdpa"}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**described)).train()
-    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}, strict=False)
+    if tensors is not None:
+        named = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
+        model.load_state_dict(named, strict=False)  # the head is the embedding, which has one name here
     return model, lambda tokens: model(tokens, use_cache=False).logits
 
 

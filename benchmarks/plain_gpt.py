@@ -54,6 +54,12 @@ class PlainGPT(nn.Module):
         self.h = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.ln_f = nn.LayerNorm(config.width, eps=config.norm_epsilon, bias=config.bias)
         self.register_buffer("positions", torch.arange(config.context), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                depth = 2 * config.layers if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=(config.init_std or 0.02) / depth**0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens: Any) -> Any:
         """(B, T) int64 to (B, T, V)."""

@@ -20,6 +20,8 @@ import jaxgpt  # noqa: F401  (sets XLA's flags before JAX starts)
 import jax
 import numpy as np
 from measure import MEMORY_PROBE, Worker, environment, in_turn, measured_peak_flops, seconds_of, spelled
+from parts import measure_parts
+from parts import table as table_of_parts
 from peers import require_torch, torch_train_step
 
 from jaxgpt import recipes
@@ -61,6 +63,8 @@ class Options:
     """measure PyTorch in the same run: GPT-2 of transformers (torch), one written plainly for speed (plain), or both"""
     compile: bool = False
     """the peers through torch.compile"""
+    parts: bool = False
+    """the step's parts as well, each timed alone beside what the machine allows (one device)"""
     json: bool = False
     """print one JSON object last"""
 
@@ -233,11 +237,16 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(Options, rest, "train_step.py [RECIPE]")
         config = configure(recipe, options)
         result = measure(config, options)
+        if options.parts:
+            step = result["results"]["ours"]["seconds_per_step"]["median"]
+            result["breakdown"] = measure_parts(config, step, options.rounds)
     except ValueError as error:
         print(f"train_step.py: {error}", file=sys.stderr)
         return 2
     result = {"benchmark": "train_step", "recipe": recipe, "options": asdict(options)} | result
     print(table(recipe, config, result))
+    if options.parts:
+        print(table_of_parts(result["breakdown"]))
     if options.json:
         print(json.dumps(result))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -19,6 +20,8 @@ DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 FUSION_VALUE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 MISCOMPILING_JAXLIB = ("0.10.2",)
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+GOOGLE = "0x1ae0"  # as a vendor on the PCI bus, where TPUs are; its network cards too
 
 
 def prepare_backend() -> None:
@@ -62,6 +65,22 @@ def fix_threads() -> None:
 def _backend_is_running() -> bool:
     bridge = sys.modules.get("jax._src.xla_bridge")
     return bridge is not None and bool(getattr(bridge, "_backends", None))
+
+
+def _libtpu_is_in_vain() -> bool:
+    """Whether libtpu is installed, to plan with, where JAX would load it, find no TPU and print a page of its troubles.
+
+    Not where anything speaks of a TPU or of a choice already made: a device of Google's on the PCI bus (where JAX too
+    looks), one of the variables that say where a TPU is, JAX_PLATFORMS, or the plugin of another accelerator.
+    """
+    said = os.environ.keys() - {"TPU_SKIP_MDS_QUERY"}  # which JAX sets itself where it sees no TPU
+    if {"JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"} & said or any(name.startswith("TPU_") for name in said):
+        return False
+    if importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_plugins") is not None:
+        return False
+    if importlib.metadata.entry_points(group="jax_plugins"):
+        return False
+    return all(path.read_text().strip() != GOOGLE for path in PCI_DEVICES.glob("*/vendor"))
 
 
 def cache_folder() -> Path:

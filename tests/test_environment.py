@@ -1,6 +1,7 @@
 """The process around the program: right sums, flags that are appended, a cache folder that the user can move."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ COUNT = f"{environment.DEVICE_COUNT_FLAG}=4"
 
 def python(program, **variables):
     """Run a program in a process of its own with these variables, and none of ours; return its last line as JSON."""
-    ours = ("XLA_FLAGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    ours = ("XLA_FLAGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")
     kept = {key: value for key, value in os.environ.items() if key not in ours}
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=kept | variables, capture_output=True, text=True, check=True
@@ -71,6 +72,45 @@ def test_a_flag_that_comes_too_late_is_said():
     _, quiet = python("import jax\n" + SHOW, JAX_PLATFORMS="cpu")
     _, warned = python("import jax; jax.devices()\n" + SHOW, JAX_PLATFORMS="cpu")
     assert "import jaxgpt first" in warned and "import jaxgpt first" not in quiet
+
+
+PLATFORMS = (
+    "import json, os, jaxgpt, jax; print(json.dumps([os.environ.get('JAX_PLATFORMS'), jax.config.jax_platforms]))"
+)
+
+
+@pytest.fixture
+def useless_libtpu(tmp_path):
+    """A libtpu that is installed and finds no TPU, which is as much as a test can have anywhere."""
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu" / "__init__.py").write_text("def get_library_path(): raise OSError('loaded in vain')")
+    if importlib.util.find_spec("jax_plugins") is not None:
+        pytest.skip("another accelerator's plugin is installed, beside which nothing is set")
+    return os.pathsep.join([str(tmp_path), str(ROOT)])
+
+
+@pytest.mark.parametrize("first", ["", "import jax\n"])
+def test_libtpu_is_not_loaded_where_there_is_no_tpu(useless_libtpu, first):
+    said, errors = python(first + PLATFORMS + "; jax.devices()", PYTHONPATH=useless_libtpu)
+    assert said == ["cpu", "cpu"] and errors == ""
+
+
+@pytest.mark.parametrize("variables", [{"TPU_WORKER_ID": "0"}, {"JAX_FORCE_TPU_INIT": "1"}, {"JAX_PLATFORMS": ""}])
+def test_who_speaks_of_a_tpu_gets_it(useless_libtpu, variables):
+    (platforms, _), _ = python(SHOW.replace("XLA_FLAGS', ''", "JAX_PLATFORMS'"), PYTHONPATH=useless_libtpu, **variables)
+    assert platforms == variables.get("JAX_PLATFORMS")
+
+
+def test_a_tpu_on_the_bus_is_seen(useless_libtpu, monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith(("TPU_", "JAX_PLATFORMS"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.syspath_prepend(useless_libtpu.split(os.pathsep)[0])
+    monkeypatch.setattr(environment, "PCI_DEVICES", tmp_path)
+    assert environment._libtpu_is_in_vain()
+    for place, vendor in (("00:01.0", "0x8086"), ("00:05.0", environment.GOOGLE)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "vendor").write_text(vendor + "\n")
+    assert not environment._libtpu_is_in_vain()
 
 
 def test_the_cache_lies_where_the_user_says(monkeypatch):
