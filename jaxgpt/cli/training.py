@@ -65,10 +65,10 @@ def train(arguments: list[str]) -> int:
     from jaxgpt import launch
 
     run = RunFolder(launch.run_path(config, recipe))
-    if config.resume == "latest" and not run.exists():
+    if config.resume != "never" and not run.exists():
         started = named is not None or any(flag.startswith(("--data", "--model", "--optimizer")) for flag in arguments)
         require(started, f"there is no run in {run.path} to resume; name a recipe or its data to start one")
-    elif config.resume == "latest":
+    elif config.resume != "never":
         description = run.describe()
         require(
             named in (None, description["recipe"]),

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxgpt.models.partition import combine
 from jaxgpt.training.optimizer import global_norm
+from jaxgpt.training.skipping import is_good, remember
 
 Parameters = Any
 Batch = Mapping[str, Array]
@@ -34,6 +35,8 @@ class TrainState:
     optimizer_state: optax.OptState
     frozen: Parameters = flax.struct.field(default_factory=dict)
     """those that stay as they are, often none: see `models.partition`"""
+    recent: Any = ()
+    """what loss spikes are measured against, nothing where they are not looked for: see `training.skipping`"""
 
     @property
     def model(self) -> Parameters:
@@ -88,20 +91,25 @@ def train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     seed: int,
     micro_batches: int = 1,
+    spikes: float | None = None,
     reduce: Reduce = identity,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimiser step on one global batch.
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimiser step on one global batch, or none: where loss or gradient is not good, all stays but the count.
+
+    The decision is part of the program, as the state before is gone when the host could see the loss. What stays, stays
+    bit for bit (see `training.skipping`).
 
     Args:
         state: parameters, optimiser state and step before.
         batch: this device's rows; `batch["row"]` is each row's place in the global batch.
         position: where in the schedule this step stands, in steps.
         loss: the task's, see `Loss`.
+        spikes: standard deviations that make a spike (None: any finite loss is good).
         reduce: adds a tree up over the devices (`psum` under pmap).
 
     Returns:
         The state after, and the metrics of this step: `loss` (mean over the weights, nats), `gradient_norm` (before
-        clipping) and `tokens` (the sum of the weights).
+        clipping), `tokens` (the sum of the weights) and `skipped`, whether the step was not taken.
     """
     keys = row_keys(seed, state.step, batch["row"])
     sums = loss_and_gradients(loss, state.parameters, state.frozen, batch, keys, micro_batches)
@@ -113,9 +121,13 @@ def train_step(
     updates, optimizer_state = optimizer.update(
         gradients, state.optimizer_state, state.parameters, position=position, norm=norm
     )
-    parameters = optax.apply_updates(state.parameters, updates)
-    metrics = {"loss": total / weight, "gradient_norm": norm, "tokens": weight}
-    return TrainState(state.step + 1, parameters, optimizer_state, state.frozen), metrics
+    mean = total / weight
+    good = is_good(state.recent, mean, norm, spikes)
+    before = (state.parameters, state.optimizer_state, state.recent)
+    after = (optax.apply_updates(state.parameters, updates), optimizer_state, remember(state.recent, mean, norm))
+    parameters, optimizer_state, recent = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+    metrics = {"loss": mean, "gradient_norm": norm, "tokens": weight, "skipped": ~good}
+    return TrainState(state.step + 1, parameters, optimizer_state, state.frozen, recent), metrics
 
 
 def evaluate_step(
