@@ -190,7 +190,8 @@ class RunConfig:
 
     def saves_at(self, step: int) -> bool:
         """Whether every run with these intervals has a checkpoint of this step, also one that nothing interrupted."""
-        return step % self.eval_interval == 0 or bool(self.checkpoint_interval and step % self.checkpoint_interval == 0)
+        intervals = (self.eval_interval, self.checkpoint_interval or self.eval_interval)
+        return step > 0 and any(step % interval == 0 for interval in intervals)
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class _Loop:
 
     def _interrupted(self, state: TrainState, step: int) -> Outcome:
         """Save what there is, if that is not done, and leave."""
-        if step and step not in self.checkpoints.steps:
+        if step not in self.checkpoints.steps:
             self._save(state, step)
         self.checkpoints.wait()
         self.run_folder.draw_curves()
