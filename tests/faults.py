@@ -1,6 +1,6 @@
 """A fault campaign on the real command line: `python tests/faults.py --trials 100 [--seed 0] [--kinds NAME ...]`.
 
-Every trial does harm to a small run: to the process, or to the newest checkpoint of a copy of a run that was broken off.
+Every trial does harm to a small run: to the process, or to the newest checkpoint of a copy of one that was broken off.
 Then it is resumed. It must end with the bits of the unbroken run (parameters, optimiser state, every loss and gradient
 norm), or refuse a damaged checkpoint by its name and end with these bits with --resume latest-good.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -35,7 +34,7 @@ from jaxgpt.storage.checkpoint import Checkpoints
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.optimizer import make_optimizer
 
-STEPS, INTERVAL, BROKEN_OFF = 60, 4, 50
+STEPS, INTERVAL, BROKEN_OFF = 40, 4, 32
 SETTINGS = (
     f"{SMALL} --model.dropout 0.2 --data.batch-size 8 --sample-tokens 0 --log-interval 1 --steps {STEPS} "
     f"--checkpoint-interval {INTERVAL} --eval-interval 20 --optimizer.skip-spikes 6 --quiet"
@@ -55,7 +54,7 @@ class Campaign:
 
     @property
     def broken(self) -> Path:
-        """A run that was broken off after `BROKEN_OFF` steps."""
+        """A run that was killed once step `BROKEN_OFF` was saved."""
         return self.folder / "broken"
 
     def prepare(self) -> None:
@@ -69,29 +68,24 @@ class Campaign:
         self.expected = self.ending(self.folder / "unbroken")
         assert self.ending(self.folder / "first") == self.expected, "the program itself is not the same twice"
         process = self.start(f"{self.settings} --steps 100000 --out {self.broken}")
-        while not (self.broken / "checkpoints" / str(BROKEN_OFF // INTERVAL * INTERVAL)).exists():
+        while not (self.broken / "checkpoints" / str(BROKEN_OFF)).exists():
             assert process.poll() is None, process.communicate()
         process.kill()
         process.communicate()
         shutil.rmtree(self.folder / "first")
 
     def start(self, arguments: str, largest_file: int | None = None) -> subprocess.Popen[str]:
-        """Start `python train.py ARGUMENTS`, which may write files of so many bytes."""
-
-        def limit() -> None:
-            if largest_file is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-
+        """Start `python train.py ARGUMENTS`, which may write files of so many blocks of 512 bytes."""
+        limited = [] if largest_file is None else ["sh", "-c", 'ulimit -f "$0" && exec "$@"', str(largest_file)]
         programs = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs")}
         programs |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *arguments.split()],
+            [*limited, sys.executable, str(ROOT / "train.py"), *arguments.split()],
             cwd=self.folder,
             env=environment(self.folder / "cache") | {"PYTHONPATH": str(ROOT)} | programs,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=limit,
         )
 
     def run(self, arguments: str) -> tuple[int, str]:
@@ -176,7 +170,7 @@ def terminated(campaign: Campaign, run: Path) -> tuple[str, str]:
 def disk_full(campaign: Campaign, run: Path) -> tuple[str, str]:
     """No file may have more than some bytes: which are written last differ from trial to trial."""
     most = max(path.stat().st_size for path in (campaign.folder / "unbroken" / "checkpoints").rglob("*"))
-    largest = int(most * campaign.random.uniform(0.05, 1.0))
+    largest = int(most / 512 * campaign.random.uniform(0.05, 1.0))
     return break_process(campaign, run, lambda process: None, {1}, largest_file=largest)
 
 

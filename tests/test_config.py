@@ -42,8 +42,8 @@ UNUSUAL = TrainConfig(
         batch_size=8, sequence_length=16, cache="c",
     ),
     optimizer=OptimizerConfig(
-        name="muon", learning_rate=0.5, final_learning_rate=0.25, muon_learning_rate=0.125, muon_beta=0.25, schedule="wsd",
-        warmup_steps=3, decay_share=0.5, beta1=0.5, beta2=0.5, epsilon=0.5, weight_decay=0.5, clip_norm=None,
+        name="muon", learning_rate=0.5, final_learning_rate=0.25, muon_learning_rate=0.125, muon_beta=0.25,
+        schedule="wsd", warmup_steps=3, decay_share=0.5, beta1=0.5, beta2=0.5, epsilon=0.5, weight_decay=0.5, clip_norm=None,
         warmup_share=0.25, layer_decay=0.5, skip_spikes=5.0, max_skipped=3,
     ),
     parallel=ParallelConfig(strategy="mesh", devices=2, mesh="fsdp=2", gradient_accumulation=2),

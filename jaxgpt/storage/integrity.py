@@ -92,4 +92,5 @@ def root_cause(error: BaseException) -> str:
     """First line of the innermost error: Orbax wraps what went wrong in handler errors that do not say it."""
     while (inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = inner
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.partition(" [tensorstore_spec")[0]  # a page of settings that nobody here has set
