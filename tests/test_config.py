@@ -43,8 +43,8 @@ UNUSUAL = TrainConfig(
     ),
     optimizer=OptimizerConfig(
         name="muon", learning_rate=0.5, final_learning_rate=0.25, muon_learning_rate=0.125, muon_beta=0.25,
-        schedule="wsd", warmup_steps=3, decay_share=0.5, beta1=0.5, beta2=0.5, epsilon=0.5, weight_decay=0.5, clip_norm=None,
-        warmup_share=0.25, layer_decay=0.5, skip_spikes=5.0, max_skipped=3,
+        schedule="wsd", warmup_steps=3, decay_share=0.5, beta1=0.5, beta2=0.5, epsilon=0.5, weight_decay=0.5,
+        warmup_share=0.25, layer_decay=0.5, clip_norm=None, skip_spikes=5.0, max_skipped=3,
     ),
     parallel=ParallelConfig(strategy="mesh", devices=2, mesh="fsdp=2", gradient_accumulation=2),
     steps=7, seed=8, out="o", resume="latest", max_seconds=9.5, eval_interval=10, checkpoint_interval=11, average=3,
