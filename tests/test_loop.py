@@ -130,8 +130,15 @@ def test_nothing_is_saved_in_a_row_that_may_never_end(unbroken):
 
 @pytest.mark.parametrize(
     "harm",
-    [{"signal_at": 37}, {"signal_at": 81}, {"signal_at": 90}, {"signal_evaluation": 1}, {"signal_evaluation": 6}]
-    + [{"signal_evaluation": 11}, {"signal_compiling": True}],
+    [
+        {"signal_at": 37},
+        {"signal_at": 81},
+        {"signal_at": 90},
+        {"signal_evaluation": 1},
+        {"signal_evaluation": 6},
+        {"signal_evaluation": 11},
+        {"signal_compiling": True},
+    ],
     ids=str,
 )
 def test_a_signal_at_any_time_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken, harm):

@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 WINDOW = 128  # steps that a spike is measured against, and half of them before there can be one
 SPREAD_FLOOR = 1e-6  # of the mean: below it two values differ by rounding
@@ -16,12 +16,17 @@ SPREAD_FLOOR = 1e-6  # of the mean: below it two values differ by rounding
 
 @flax.struct.dataclass
 class RecentSteps:
-    """Loss and gradient norm of the last steps that were taken, a ring of W."""
+    """Loss and gradient norm of the last steps that were taken, a ring of W.
 
-    losses: Float[Array, " W"]
-    norms: Float[Array, " W"]
-    taken: Int[Array, ""]
-    """how many steps were taken; the next one's place in the ring follows"""
+    As in any state, the fields are arrays, or in trees beside it what is said of each: a shape, a sharding.
+    """
+
+    losses: Any
+    """(W,) float32"""
+    norms: Any
+    """(W,) float32"""
+    taken: Any
+    """how many steps were taken, an int32 scalar; the next one's place in the ring follows"""
 
 
 def no_steps(spikes: float | None) -> RecentSteps | tuple[()]:
