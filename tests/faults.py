@@ -114,9 +114,10 @@ class Campaign:
         return ("resumed", "") if self.ending(run) == self.expected else ("wrong", "other bits")
 
 
-def break_process(
-    campaign: Campaign, run: Path, act: Callable[[subprocess.Popen[str]], None], codes: set[int], **start: int
-) -> tuple[str, str]:
+Act = Callable[[subprocess.Popen[str]], None]
+
+
+def break_process(campaign: Campaign, run: Path, act: Act, codes: set[int], **start: int) -> tuple[str, str]:
     """Do something to a running process, which must leave with one of `codes`; resume."""
     process = campaign.start(f"{campaign.settings} --out {run}", **start)
     act(process)
@@ -128,13 +129,17 @@ def break_process(
     return campaign.ends_alike(run, "latest")
 
 
-def at_random(campaign: Campaign, number: signal.Signals) -> Callable[[subprocess.Popen[str]], None]:
-    """Send a signal at any moment of a run: imports, compilation, steps, saves, the end."""
-    moment = campaign.random.uniform(0.2, 0.95) * campaign.seconds
+def at_random(campaign: Campaign, run: Path, number: signal.Signals) -> Act:
+    """Send a signal at any moment of a run: three in ten before its first evaluation, else after a number of steps."""
+    moment = campaign.random.uniform(0.0, 0.3) * campaign.seconds if campaign.random.random() < 0.3 else None
+    lines, pause = campaign.random.randrange(1, STEPS), campaign.random.uniform(0.0, 0.05)
 
     def act(process: subprocess.Popen[str]) -> None:
+        log = run / "metrics.jsonl"
+        while moment is None and process.poll() is None and not (log.exists() and log.read_text().count("\n") > lines):
+            time.sleep(0.005)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(moment)
+            process.wait(pause if moment is None else moment)
         process.send_signal(number)
 
     return act
@@ -142,7 +147,7 @@ def at_random(campaign: Campaign, number: signal.Signals) -> Callable[[subproces
 
 def killed(campaign: Campaign, run: Path) -> tuple[str, str]:
     """kill -9 at any moment."""
-    return break_process(campaign, run, at_random(campaign, signal.SIGKILL), {-signal.SIGKILL})
+    return break_process(campaign, run, at_random(campaign, run, signal.SIGKILL), {-signal.SIGKILL})
 
 
 def killed_while_saving(campaign: Campaign, run: Path) -> tuple[str, str]:
@@ -164,7 +169,7 @@ def killed_while_saving(campaign: Campaign, run: Path) -> tuple[str, str]:
 
 def terminated(campaign: Campaign, run: Path) -> tuple[str, str]:
     """SIGTERM at any moment: saved, exit code 75; before the run has begun, the signal itself."""
-    return break_process(campaign, run, at_random(campaign, signal.SIGTERM), {75, -signal.SIGTERM})
+    return break_process(campaign, run, at_random(campaign, run, signal.SIGTERM), {75, -signal.SIGTERM})
 
 
 def disk_full(campaign: Campaign, run: Path) -> tuple[str, str]:

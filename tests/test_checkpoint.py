@@ -343,6 +343,7 @@ def harm(folder, how):
     if how == "payload":
         flip(max(payloads(folder), key=lambda path: path.stat().st_size))
     elif how == "metrics":
+        (folder / "metrics").mkdir()
         (folder / "metrics" / "metrics").write_text("{")
     elif how == "metadata":
         (folder / "_CHECKPOINT_METADATA").write_text("")

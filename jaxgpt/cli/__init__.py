@@ -85,7 +85,8 @@ def _silence_libraries() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = lambda arguments: None
-    # What else it had begun to read of a damaged checkpoint is left where it was.
+    # What else it had begun to read of a damaged checkpoint is left where it was, and finds its event loop closed.
+    sys.unraisablehook = lambda arguments: None
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
