@@ -82,8 +82,10 @@ def configure(recipe: str, options: Options) -> tuple[TrainConfig, int]:
     return replace(config, model=model, data=data, parallel=parallel), vocab_size
 
 
-def our_step(config: TrainConfig, tokens: np.ndarray) -> tuple[Callable[[], float], dict[str, Any]]:
-    """A function that runs one step of the program itself, and what is known before it runs."""
+def our_step(
+    config: TrainConfig, tokens: np.ndarray
+) -> tuple[Callable[[], float], dict[str, Any], Callable[[], TrainState]]:
+    """A function that runs one step of the program itself, what is known before it, and the state it has come to."""
     layout = choose_layout(config.parallel, config.data.batch_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = functools.partial(
@@ -124,7 +126,7 @@ def our_step(config: TrainConfig, tokens: np.ndarray) -> tuple[Callable[[], floa
         state, metrics = program(state, batch, position)
         return float(metrics["loss"])
 
-    return run, facts
+    return run, facts, lambda: state
 
 
 def measure(config: TrainConfig, vocab_size: int, options: Options) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def measure(config: TrainConfig, vocab_size: int, options: Options) -> dict[str,
     device = jax.devices()[0]
     peak = chip_peak_flops(device) or measured_peak_flops()
 
-    ours, facts = our_step(config, tokens)
+    ours, facts, _ = our_step(config, tokens)
     ours()  # the first call loads what was compiled
     runs: dict[str, Callable[[], float]] = {"ours": ours}
     start_bytes = {"ours": facts["state_bytes"]}

@@ -113,12 +113,12 @@ class _Loop:
         if self._out_of_patience():
             self.report.say("nothing left to do: the run no longer got better; a greater --patience goes on")
             return Outcome(step, self.evaluation, interrupted=False)
-        self._under_way(step)
         if step < config.steps and step % config.eval_interval == 0 and self.evaluated != step:
             self._evaluate(state, step)  # at the start, or where a signal ended it before it was done
             if step and self.evaluated == step:
                 self._save(state, step)
         pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._under_way(step)
         self.last_settled = time.monotonic()
 
         for batch in self.task.batches(step, config.steps):
