@@ -337,7 +337,7 @@ class Target:
             self.reader.make(Path(place))
             found = sorted(path for path in Path(place).rglob("*") if path.is_file())
             self._files = {str(path.relative_to(place)): (path.read_bytes(), path.stat()) for path in found}
-            fitting = {path for path in Path(place).glob(self.reader.pattern)}
+            fitting = set(Path(place).glob(self.reader.pattern))
             self._changeable = [str(path.relative_to(place)) for path in found if path in fitting]
         self._expected = self._read({})[0]
 

@@ -27,6 +27,7 @@ from jaxgpt.config import (
     to_dict,
     transformer_size,
 )
+from jaxgpt.config.runs import HostsConfig
 from jaxgpt.recipes import RECIPES, recipe
 
 UNUSUAL = TrainConfig(
@@ -50,6 +51,7 @@ UNUSUAL = TrainConfig(
     steps=7, seed=8, out="o", resume="latest", max_seconds=9.5, eval_interval=10, checkpoint_interval=11, average=3,
     patience=4, log_interval=12, sample_tokens=13, sample_prompt="p", quiet=True, tensorboard=True, init_from="base",
     adapt=AdaptConfig("lora", 2, 3, 0.5, ("up", "down")),
+    distributed="off", hosts=HostsConfig("host:1", 3, 1, 17, 18),
 )  # fmt: skip
 UNUSUAL_TRANSLATION = TranslationConfig(
     model=TransformerConfig(
@@ -67,14 +69,15 @@ UNUSUAL_TRANSLATION = TranslationConfig(
     optimizer=UNUSUAL.optimizer, parallel=UNUSUAL.parallel,
     **{key: value for key, value in vars(UNUSUAL).items() if key in
        {"steps", "seed", "out", "resume", "max_seconds", "eval_interval", "checkpoint_interval", "average", "patience",
-        "log_interval", "quiet", "tensorboard"}},
+        "log_interval", "quiet", "tensorboard", "distributed", "hosts"}},
     label_smoothing=0.2, validation_sentences=3, samples=2,
 )  # fmt: skip
 
 SHARED = {
     key: value for key, value in vars(UNUSUAL).items() if key in
     {"model", "optimizer", "parallel", "steps", "seed", "out", "resume", "max_seconds", "eval_interval", "average",
-     "checkpoint_interval", "patience", "log_interval", "quiet", "tensorboard", "init_from", "adapt"}
+     "checkpoint_interval", "patience", "log_interval", "quiet", "tensorboard", "init_from", "adapt", "distributed",
+     "hosts"}
 }  # fmt: skip
 UNUSUAL_FINETUNE = FinetuneConfig(
     **SHARED, task="similarity", epochs=None, evaluations=2.0, lm_weight=0.25, head_dropout=0.75, labels=("x", "y"),
