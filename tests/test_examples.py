@@ -8,7 +8,7 @@ import pytest
 from jaxgpt.config import ExamplesConfig
 from jaxgpt.data.examples import (
     Example,
-    choice_of,
+    choices_of,
     class_names,
     open_examples,
     read_examples,
@@ -62,7 +62,12 @@ WRONG = [
     ("a.tsv", "text\tlabel\nx\t\n", {}, "line 2: its label is empty"),
     ("a.tsv", "text\tlabel\n \t1\n", {}, "line 2: its text is empty"),
     ("a.tsv", "words\tlabel\nx\t1\n", {}, "which columns hold the text? It has 'words', 'label'"),
-    ("a.tsv", "text\tlabel\nx\t1\n", {"label": "sense"}, "has no column 'sense'; its first line has 'text', 'label'"),
+    (
+        "a.tsv",
+        "text\tlabel\nx\t1\n",
+        {"label": "sense"},
+        "has no column 'sense' (which --data.label names); its first line has 'text', 'label'",
+    ),
     ("a.tsv", "text\tlabel\nx\t1\n", {"text": ("word",)}, "has no column 'word'; it has 'text', 'label'"),
     (
         "a.tsv",
@@ -75,6 +80,11 @@ WRONG = [
     ("a.jsonl", '{"text": "x", "label": [1]}\n', {}, "the field 'label' is neither text nor a number"),
     ("a.jsonl", '{"text": 1, "label": 1}\n', {}, "the field 'text' is not text"),
     ("a.tsv", "", {}, "holds no example"),
+    ("a.tsv", "sentence\tsense\nx\t1\n", {}, "has no column 'label' (which --data.label names); its first line has"),
+    ("a.tsv", "x\t1\n\n\ny\t\n", {}, "line 4: its label is empty"),
+    ("a.csv", 'text,label\n"x\ny",1\n\n ,1\n', {}, "line 5: its text is empty"),
+    ("a.csv", f"text,label\n{'x' * 200_000},1\n", {}, "line 2, is not CSV: field larger than field limit"),
+    ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', {}, "line 1: the field 'text' has half a character"),
     ("a.doc", "x\t1\n", {}, "is neither .tsv"),
 ]
 
@@ -117,9 +127,14 @@ def labelled(*labels, where="x"):
 def test_classes_are_those_of_the_training_examples():
     assert class_names((), labelled("b", "a", "b"), labelled("a")) == ("a", "b")
     assert class_names((), labelled("10", "9", "-1"), []) == ("-1", "9", "10")
-    assert class_names(("b", "a"), labelled("a"), []) == ("b", "a")
-    with pytest.raises(ValueError, match="one label only, 'a'; there must be two"):
-        class_names((), labelled("a", "a"), [])
+    assert class_names((), labelled("nan", "2", "b", "inf", "1"), []) == ("1", "2", "b", "inf", "nan")
+    assert class_names(("b", "a", "c"), labelled("a", "b"), labelled("c")) == ("b", "a", "c")
+    for given in ((), ("a", "b")):
+        with pytest.raises(ValueError, match="one label only, 'a'; there must be two"):
+            class_names(given, labelled("a", "a"), [])
+    for train, held_out in (("ab", "c"), ("abc", "a")):
+        with pytest.raises(ValueError, match="x: the label 'c' is not in the labels; there are 'b', 'a'"):
+            class_names(("b", "a"), labelled(*train), labelled(*held_out))
     with pytest.raises(ValueError, match="dev, line 3: the label 'c' is not in the training set; there are 'a', 'b'"):
         class_names((), labelled("a", "b"), labelled("c", where="dev, line 3"))
 
@@ -132,9 +147,27 @@ def test_scores_and_choices():
         score_of(labelled("nan")[0])
     with pytest.raises(ValueError, match="one score only, 2"):
         score_range((), labelled("2", "2"))
-    assert choice_of(Example(("q", "a", "b"), "1")) == choice_of(Example(("q", "a", "b"), "b")) == 1
-    with pytest.raises(ValueError, match="neither one of its 2 answers nor the place of one, 0 to 1"):
-        choice_of(Example(("q", "a", "b"), "2"))
+    assert score_range(("0", "5"), labelled("1", "4.5")) == ("0.0", "5.0")
+    for wrong in (("1",), ("5", "0"), ("0", "1", "2")):
+        with pytest.raises(ValueError, match="it is the lowest score and the highest"):
+            score_range(wrong, labelled("1", "2"))
+
+
+def questions(*labels, answers=("a", "b")):
+    return [Example(("q", *answers), label, f"line {number}") for number, label in enumerate(labels, 1)]
+
+
+def test_choices_are_places_or_answers():
+    assert choices_of(questions("1", "0")) == choices_of(questions("b", "a")) == [1, 0]
+    assert choices_of(questions("1", "b")) == [1, 1]
+    for wrong in ("2", "c", "\N{SUPERSCRIPT ONE}"):
+        with pytest.raises(ValueError, match=r"line 2: .* neither one of its 2 answers nor the place of one, 0 to 1"):
+            choices_of(questions("0", wrong))
+    numbers = ("7", "1", "0")
+    assert choices_of(questions("0", "2", "1", answers=numbers)) == [0, 2, 1], "2 is no answer, so all are places"
+    assert choices_of(questions("0", "7", "1", answers=numbers)) == [2, 0, 1], "7 is no place, so all are answers"
+    with pytest.raises(ValueError, match="line 1: the label '0' is one of its answers, and the place of another"):
+        choices_of(questions("0", "1", answers=numbers))
 
 
 def test_what_is_made_by_rule_is_balanced_and_held_out_apart():

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from jaxgpt.config import FinetuneConfig, TuningTask
 from jaxgpt.data.batches import WHOLE, Batch, Share
 from jaxgpt.data.buckets import Bucket, Buckets
-from jaxgpt.data.examples import Example, choice_of, score_of
+from jaxgpt.data.examples import Example, choices_of, score_of
 from jaxgpt.data.tokenizer import Tokenizer
 
 SPECIALS = 3  # start, delimiter and extract: the last ids of the model's vocabulary
@@ -103,7 +103,7 @@ def encode_examples(
         low, high = map(float, config.labels)
         labels = np.array([(score_of(e) - low) / (high - low) * 2 - 1 for e in examples], np.float32)
     elif config.task == "multiple-choice":
-        labels = np.array([choice_of(example) for example in examples], np.int32)
+        labels = np.array(choices_of(examples), np.int32)
     else:
         labels = np.array([config.labels.index(example.label) for example in examples], np.int32)
     return EncodedExamples(sequences, labels, list(examples))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import ExamplesConfig, TuningTask
-from jaxgpt.data.corpus import decode_lines, json_records
+from jaxgpt.data.corpus import decode_lines, json_field, json_records
 from jaxgpt.data.reviews import reviews
 
 # What the columns of a text, or of a pair of texts, are called in the data sets there are.
@@ -21,6 +22,7 @@ TWO_TEXTS = (
     ("question1", "question2"),
 )  # fmt: skip
 CONTEXTS = (("context",), ("question",), ("text",))
+NAMES = frozenset(name for columns in (*ONE_TEXT, *TWO_TEXTS, *CONTEXTS) for name in columns)
 DELIMITERS = {".tsv": "\t", ".csv": ","}
 
 
@@ -91,13 +93,14 @@ def _of_record(record: dict[str, Any], where: str, config: ExamplesConfig, task:
         listed = _field(record, options[0], where)
         if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
             raise ValueError(f"{where}: the field {options[0]!r} is not a list of texts")
-        values = [*(_text(record, field, where) for field in texts), *listed]
+        values = [*(json_field(record, field, where) for field in texts), *listed]
     else:
-        values = [_text(record, field, where) for field in (*texts, *options)]
+        values = [json_field(record, field, where) for field in (*texts, *options)]
     label = _field(record, config.label, where)
     if isinstance(label, (list, dict)) or label is None:
         raise ValueError(f"{where}: the field {config.label!r} is neither text nor a number")
-    return _example(values, label if isinstance(label, str) else json.dumps(label), where, task)
+    label = json_field(record, config.label, where) if isinstance(label, str) else json.dumps(label)
+    return _example(values, label, where, task)
 
 
 def _field(record: dict[str, Any], field: str, where: str) -> Any:
@@ -106,28 +109,25 @@ def _field(record: dict[str, Any], field: str, where: str) -> Any:
     return record[field]
 
 
-def _text(record: dict[str, Any], field: str, where: str) -> str:
-    value = _field(record, field, where)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: the field {field!r} is not text")
-    return value
-
-
 def _of_table(path: Path, config: ExamplesConfig, task: TuningTask) -> Iterator[Example]:
     """The rows of a table whose first line names the columns, if one of them has the name of the label's."""
     header: list[str] | None = None
     places: list[int] = []
-    for number, columns in enumerate(_rows(path), 1):
+    for row, (number, columns) in enumerate(_rows(path)):
         where = f"{path}, line {number}"
-        if number == 1 and config.label in columns:
+        if row == 0 and config.label in columns:
             header = columns
             names = _chosen(tuple(header), config, task, where)
             options = config.options if task == "multiple-choice" else ()
             places = [_place(header, name, where) for name in (*names, *options, config.label)]
             continue
         if header is None:
-            if number == 1 and (config.label != ExamplesConfig.label or config.text):
-                raise ValueError(f"{path} has no column {config.label!r}; its first line has {_listed(columns)}")
+            named = config.label != ExamplesConfig.label or config.text or NAMES.intersection(columns)
+            if row == 0 and named:
+                raise ValueError(
+                    f"{path} has no column {config.label!r} (which --data.label names); its first line has "
+                    f"{_listed(columns)}"
+                )
             least = 2 if task == "classification" else 4 if task == "multiple-choice" else 3
             most = None if task == "multiple-choice" else least
             if len(columns) < least or (most is not None and len(columns) > most):
@@ -141,16 +141,21 @@ def _of_table(path: Path, config: ExamplesConfig, task: TuningTask) -> Iterator[
         yield _example([columns[place] for place in places[:-1]], columns[places[-1]], where, task)
 
 
-def _rows(path: Path) -> Iterator[list[str]]:
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The columns of each row that is not blank, and the number of its line (of the last one it has)."""
     delimiter = DELIMITERS.get(path.suffix)
     if delimiter is None and path.suffix != ".txt":
         raise ValueError(f"{path} is neither .tsv (or .txt with tabs), .csv nor .jsonl")
     with path.open("rb") as file:
         lines = decode_lines(file, str(path))
         if delimiter == ",":
-            yield from csv.reader(line + "\n" for line in lines)
+            reader = csv.reader(line + "\n" for line in lines)
+            try:
+                yield from ((reader.line_num, columns) for columns in reader if columns)
+            except csv.Error as error:
+                raise ValueError(f"{path}, line {reader.line_num}, is not CSV: {error}") from error
         else:
-            yield from (line.split("\t") for line in lines if line)
+            yield from ((number, line.split("\t")) for number, line in enumerate(lines, 1) if line)
 
 
 def _chosen(names: tuple[str, ...], config: ExamplesConfig, task: TuningTask, where: str) -> tuple[str, ...]:
@@ -206,15 +211,14 @@ def class_names(config_labels: Sequence[str], train: Sequence[Example], held_out
     Raises:
         ValueError: one class only, or an example with a label of none; its line is named.
     """
-    found = tuple(config_labels) or tuple(sorted({example.label for example in train}, key=_in_order))
-    if len(found) < 2:
-        raise ValueError(f"the training examples have one label only, {found[0]!r}; there must be two classes at least")
-    for part, name in ((train, "labels"), (held_out, "training set")):
-        for example in part:
-            if example.label not in found:
-                raise ValueError(
-                    f"{example.where}: the label {example.label!r} is not in the {name}; {_choices(found)}"
-                )
+    there = {example.label for example in train}
+    if len(there) < 2:
+        raise ValueError(f"the training examples have one label only, {min(there)!r}; there must be two at least")
+    found = tuple(config_labels) or tuple(sorted(there, key=_in_order))
+    where = "labels" if config_labels else "training set"
+    for example in (*train, *held_out):
+        if example.label not in found:
+            raise ValueError(f"{example.where}: the label {example.label!r} is not in the {where}; {_choices(found)}")
     return found
 
 
@@ -225,19 +229,27 @@ def _choices(labels: Sequence[str]) -> str:
 
 def _in_order(label: str) -> tuple[float, str]:
     try:
-        return float(label), label
+        number = float(label)
     except ValueError:
-        return float("inf"), label
+        number = math.inf
+    return number if math.isfinite(number) else math.inf, label  # a class may be called nan, which has no order
 
 
 def score_range(config_labels: Sequence[str], train: Sequence[Example]) -> tuple[str, ...]:
-    """The lowest and the highest score of the training examples, as texts.
+    """The lowest and the highest score, as texts: those given, or those of the training examples.
 
     Raises:
         ValueError: a label that is no number (its line is named), or no two different scores.
     """
     scores = [score_of(example) for example in train]
-    low, high = (float(config_labels[0]), float(config_labels[1])) if config_labels else (min(scores), max(scores))
+    if config_labels:
+        given = [score_of(Example((), label, "labels")) for label in config_labels]
+        if len(given) != 2 or not given[0] < given[1]:
+            raise ValueError(
+                f"labels is {', '.join(config_labels)}; of regression it is the lowest score and the highest"
+            )
+        return repr(given[0]), repr(given[1])
+    low, high = min(scores), max(scores)
     if not low < high:
         raise ValueError(f"the training examples have one score only, {low:g}; there must be two at least")
     return repr(low), repr(high)
@@ -253,23 +265,37 @@ def score_of(example: Example) -> float:
         score = float(example.label)
     except ValueError as error:
         raise ValueError(f"{example.where}: the label {example.label!r} is no number, as regression needs") from error
-    if score - score != 0:  # infinite, or not a number
+    if not math.isfinite(score):
         raise ValueError(f"{example.where}: the label {example.label!r} is no finite number")
     return score
 
 
-def choice_of(example: Example) -> int:
-    """The label of a multiple-choice example: the place of the right answer, from 0, or that answer itself.
+def choices_of(examples: Sequence[Example]) -> list[int]:
+    """The places of the right answers, from 0. Labels are places, or answers: what all of them can be.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: a label that is neither, or labels that could be both; its line is named.
     """
+    places, answers = [_as_place(e) for e in examples], [_as_answer(e) for e in examples]
+    forms = [form for form in (places, answers) if None not in form] or [places, answers]
+    chosen: list[int] = []
+    for example, *readings in zip(examples, *forms, strict=True):
+        found = {reading for reading in readings if reading is not None}
+        if len(found) != 1:
+            count = len(example.texts) - 1
+            what = f"neither one of its {count} answers nor the place of one, 0 to {count - 1}"
+            if found:
+                what = "one of its answers, and the place of another; make every label a place, or every one an answer"
+            raise ValueError(f"{example.where}: the label {example.label!r} is {what}")
+        chosen += found
+    return chosen
+
+
+def _as_place(example: Example) -> int | None:
+    place = int(example.label) if example.label.isdecimal() else len(example.texts)
+    return place if place < len(example.texts) - 1 else None
+
+
+def _as_answer(example: Example) -> int | None:
     answers = example.texts[1:]
-    if example.label in answers:
-        return answers.index(example.label)
-    if example.label.isdigit() and int(example.label) < len(answers):
-        return int(example.label)
-    raise ValueError(
-        f"{example.where}: the label {example.label!r} is neither one of its {len(answers)} answers nor the place of "
-        f"one, 0 to {len(answers) - 1}"
-    )
+    return answers.index(example.label) if example.label in answers else None
