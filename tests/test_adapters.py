@@ -81,7 +81,11 @@ def test_an_adapter_of_another_model_is_refused(base, tmp_path):
     model = LanguageModel(other, init_parameters(other, jax.random.key(0)), byte_tokenizer(), (256,))
     api.export(model, tmp_path / "other")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
-    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path)  # as PEFT's own, which has no fingerprint
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({name: x for name, x in tensors.items() if "lora_B" not in name}, path)
+    with pytest.raises(ValueError, match="is not whole: it has no blocks/attention/qkv/lora_b"):
+        api.load(tmp_path / "adapter")
+    safetensors.numpy.save_file(tensors, path)  # as PEFT's own, which has no fingerprint
     with pytest.raises(ValueError, match=r"does not fit .*other: blocks/attention/qkv/lora_[ab] is"):
         api.load(tmp_path / "adapter", base=str(tmp_path / "other"))
 
@@ -90,7 +94,12 @@ def test_what_is_no_adapter_of_ours_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(ValueError, match="describes an adapter of type 'IA3'; there is LORA"):
         read_adapter(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    for name, value in (("use_rslora", True), ("alpha_pattern", {"c_attn": 4})):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(described | {name: value}))
+        with pytest.raises(ValueError, match=f"has {name} .*, which is not here"):
+            read_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described | {"use_rslora": False, "alpha_pattern": {}}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         read_adapter(tmp_path)

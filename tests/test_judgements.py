@@ -30,6 +30,12 @@ def test_classification_scores_are_their_definitions(seed):
     assert scores["matthews"] == pytest.approx(covariance[0] / math.sqrt(covariance[1] * covariance[2]))
 
 
+def test_a_class_that_never_comes_does_not_count():
+    """As in scikit-learn's macro average."""
+    confusion = judgements.confusion_matrix(np.array([0, 2, 2]), np.array([0, 2, 0]), 4)
+    assert judgements.classification_scores(confusion)["f1"] == pytest.approx(2 / 3)
+
+
 def test_one_class_said_of_all_has_no_correlation():
     confusion = judgements.confusion_matrix(np.array([0, 1, 1]), np.array([1, 1, 1]), 2)
     assert judgements.classification_scores(confusion) == {"accuracy": 2 / 3, "f1": 0.8, "matthews": 0.0}

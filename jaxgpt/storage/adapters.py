@@ -18,13 +18,10 @@ from jaxgpt.storage.weights import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Our matrices -> transformers' names in a block.
-MODULES = {
-    "attention/qkv": "attn.c_attn",
-    "attention/out": "attn.c_proj",
-    "mlp/up": "mlp.c_fc",
-    "mlp/down": "mlp.c_proj",
-}
 TARGETS: dict[LoraTarget, str] = {"qkv": "attn.c_attn", "out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+MODULES = {f"{'attention' if name in ('qkv', 'out') else 'mlp'}/{name}": module for name, module in TARGETS.items()}
+# What PEFT can do besides, which would make another product of the same tensors.
+OTHERWISE = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 LEAVES = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
 
@@ -71,6 +68,8 @@ def read_adapter(folder: Path) -> tuple[AdaptConfig, dict[str, np.ndarray], str,
     described = read_json(folder / CONFIG)
     kind, rank, alpha = (described.get(name) for name in ("peft_type", "r", "lora_alpha"))
     require(kind == "LORA", f"{folder / CONFIG} describes an adapter of type {kind!r}; there is LORA")
+    for name in OTHERWISE:
+        require(not described.get(name), f"{folder / CONFIG} has {name} {described.get(name)}, which is not here")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
         raise ValueError(f"{folder / CONFIG} has no r and lora_alpha that are numbers")
     try:

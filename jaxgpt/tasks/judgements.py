@@ -20,7 +20,8 @@ def classification_scores(confusion: Int64[np.ndarray, "C C"]) -> dict[str, floa
     """Accuracy, F1 and Matthews' correlation.
 
     F1 is that of the second class where there are two, which is the positive one in most data sets, and the mean over
-    the classes where there are more. Matthews' coefficient is its form for any number of classes (Gorodkin 2004).
+    the classes that were labelled or judged where there are more. Matthews' coefficient is its form for any number of
+    classes (Gorodkin 2004).
     """
     right, said, there = np.diag(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
     total = confusion.sum()
@@ -29,7 +30,7 @@ def classification_scores(confusion: Int64[np.ndarray, "C C"]) -> dict[str, floa
     spread = np.sqrt(float(total**2 - said @ said) * float(total**2 - there @ there))
     return {
         "accuracy": float(right.sum() / max(1, total)),
-        "f1": float(f1[1] if len(f1) == 2 else f1.mean()),
+        "f1": float(f1[1] if len(f1) == 2 else f1[said + there > 0].mean()),
         "matthews": float(covariance / spread) if spread else 0.0,
     }
 

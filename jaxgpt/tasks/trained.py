@@ -202,6 +202,8 @@ def _load_adapted(folder: Path, dtype: Dtype | None, base: str | None) -> Pretra
     for name, leaf in leaves.items():
         if name not in shapes or leaf.shape != shapes[name].shape:
             raise ValueError(f"the adapter in {folder} does not fit {base or named}: {name} is {leaf.shape} in it")
+    if missing := sorted(shapes.keys() - leaves.keys()):
+        raise ValueError(f"the adapter in {folder} is not whole: it has no {missing[0]}")
     adapter = flax.traverse_util.unflatten_dict({name: jnp.asarray(leaf) for name, leaf in leaves.items()}, sep="/")
     return dataclasses.replace(found, parameters=fold({**found.parameters, ADAPTER: adapter}, adapt))
 
@@ -213,6 +215,8 @@ def load_adapter(run: RunFolder, checkpoint: Which | None = None) -> tuple[Adapt
         FileNotFoundError, ValueError: no such run, or one that trained no adapter.
     """
     config = run.saved_config()
+    if isinstance(config, FinetuneConfig):
+        raise ValueError(f"{run.path} has a head and tokens of its own, which an adapter alone would be without")
     if not isinstance(config, (TrainConfig, ChatConfig)) or config.adapt.method != "lora":
         raise ValueError(f"{run.path} has no adapter of its own: it was not trained with --adapt.method lora")
     assert config.init_from is not None
