@@ -1,6 +1,10 @@
 """The chatbot: it sees what was said, the oldest turns make room, and what it is told wrong changes nothing."""
 
 import json
+import os
+import pty
+import select
+import signal
 import subprocess
 import sys
 
@@ -10,6 +14,7 @@ from program import ROOT, environment
 
 from jaxgpt import api
 from jaxgpt.api import LanguageModel
+from jaxgpt.apps import terminal
 from jaxgpt.apps.chatbot import Chatbot
 from jaxgpt.config import GenerationConfig, GPTConfig
 from jaxgpt.data.conversations import Message, encode_prompt
@@ -86,12 +91,71 @@ def test_what_cannot_be_answered_changes_nothing(model, content, message):
     assert bot.messages == before
 
 
+def test_what_it_cannot_be_told_changes_nothing(model):
+    bot = Chatbot(model, system="s", settings=GREEDY)
+    with pytest.raises(ValueError, match="the system's message has 114 tokens"):
+        bot.tell("x" * 95)
+    assert bot.system == "s"
+    bot.tell(" ")
+    assert bot.system is None
+
+
+def at_a_terminal(folder, cache, script):
+    """Run `jaxgpt chat` at a pseudo-terminal; after each text that it prints, type what follows (None: Ctrl-C)."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt", "chat", "--model", str(folder), "--temperature", "0", "--stop-tokens", "256"],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True,
+        env=environment(cache) | {"PYTHONPATH": str(ROOT), "TERM": "dumb"},
+    )  # fmt: skip
+    os.close(theirs)
+    shown, last = "", ""
+    try:
+        for wanted, typed in script:
+            while wanted not in shown:
+                if select.select([ours], [], [], 1.0)[0]:
+                    shown += os.read(ours, 1000).decode("utf-8", "replace")
+                elif last is None:  # it came after the prompt, and before anything was waited for
+                    os.killpg(process.pid, signal.SIGINT)
+                assert process.poll() is None, shown
+            shown, last = shown[shown.index(wanted) + len(wanted) :], typed
+            os.killpg(process.pid, signal.SIGINT) if typed is None else os.write(ours, typed.encode())
+        assert process.wait(timeout=60) == 0, shown
+    finally:
+        process.kill()
+        os.close(ours)
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(folder, tmp_path):
+    saved = tmp_path / "saved.jsonl"
+    script = [("> ", None), ("Ctrl-D ends)", "/reset\n"), ("(forgotten)", f"/save {saved}\n")]
+    script += [("(0 messages", "/quit\n")]
+    at_a_terminal(folder, tmp_path, script)
+    assert saved.read_text() == ""
+
+
+def test_an_answer_that_ctrl_c_stops_is_the_answer(model, capsys):
+    class Interrupted(Chatbot):
+        def stream(self, content):
+            def pieces():
+                yield "as far"
+                raise KeyboardInterrupt
+
+            return self._said(content, pieces())
+
+    bot = Interrupted(model)
+    terminal._answer(bot, "hi")
+    assert capsys.readouterr().out == "as far ...\n"
+    assert bot.messages == [Message("user", "hi"), Message("assistant", "as far")]
+
+
 def chat(folder, cache, arguments, lines, code=0):
     """Run `jaxgpt chat` with these lines on its standard input; return what it printed to both streams."""
     done = subprocess.run(
         [sys.executable, "-m", "jaxgpt", "chat", "--model", str(folder), "--temperature", "0", "--max-new-tokens", "6",
          *arguments],
-        input="".join(line + "\n" for line in lines), capture_output=True, text=True, cwd=ROOT, timeout=120,
+        input="".join(line + "\n" for line in lines), capture_output=True, cwd=ROOT, timeout=120,
+        encoding="utf-8", errors="surrogateescape",
         env=environment(cache) | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == code, done.stderr
@@ -102,6 +166,7 @@ def test_programs_get_a_line_for_a_line(folder, model, tmp_path):
     lines = [
         '{"content": "hi"}', '{"content": "two\\nlines"}', '{"reset": true}', '{"content": "hi"}',
         '{"role": "system", "content": "s"}', "no json", "[]", '{"text": "hi"}', '{"content": " "}',
+        '{"content": "\udcff"}', r'{"role": "system", "content": "\ud800"}', "", '{"content": "hi"}',
     ]  # fmt: skip
     kept = tmp_path / "transcript.jsonl"
     out, err = chat(folder, tmp_path, ["--jsonl", "--transcript", str(kept)], lines, code=2)
@@ -111,18 +176,23 @@ def test_programs_get_a_line_for_a_line(folder, model, tmp_path):
     first, second = bot.answer("hi"), bot.answer("two\nlines")
     assert [reply.get("content") for reply in replies[:4]] == [first, second, None, first]
     assert replies[2] == {"reset": True} and replies[4] == {"system": "s"}
-    assert [sorted(reply) for reply in replies[5:]] == [["error"]] * 4
-    assert err.count("jaxgpt: line ") == 4 and "Traceback" not in err
+    assert [sorted(reply) for reply in replies[5:12]] == [["error"]] * 7
+    assert err.count("jaxgpt: line ") == 7 and "line 10: it is not UTF-8: byte 0xff" in err and "Traceback" not in err
+    bot = Chatbot(model, system="s", settings=GREEDY)
+    bot.messages = [Message("user", "hi"), Message("assistant", first)]
+    assert replies[12]["content"] == bot.answer("hi"), "after all that it goes on as it was"
     said = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]
-    assert said[:2] == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first}] and len(said) == 6
+    assert said[:2] == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first}] and len(said) == 8
 
 
 def test_commands(folder, model, tmp_path):
     saved = tmp_path / "saved.jsonl"
-    lines = ["hi", "/reset", "hi", "/system be brief", "", "/sav x", "/save", f"/save {saved}", "/quit", "never"]
+    lines = ["hi", "\udcff", "/reset", "hi", "/system \udcff", "/system be brief", f"/system {'x' * 96}", "", "/sav x"]
+    lines += ["/save", f"/save {saved}", "/quit", "never"]
     out, err = chat(folder, tmp_path, [], lines)
     answer = Chatbot(model, settings=GREEDY).answer("hi")
     assert out == f"{answer}\n{answer}\n"
+    assert err.count("it is not UTF-8: byte 0xff") == 2 and "the system's message has 115 tokens" in err
     assert "there is no command /sav; did you mean /save?" in err and "/save needs the name of a file" in err
     told, *said = [json.loads(line) for line in saved.read_text("utf-8").splitlines()]
     assert told == {"role": "system", "content": "be brief"} and [one["content"] for one in said] == ["hi", answer]

@@ -63,12 +63,14 @@ def test_the_number_of_texts_must_fit(classifier):
         classifier.classify_batch("a")
 
 
-def test_pairs_scores_and_choices(tmp_path):
+def test_pairs_scores_and_choices(tmp_path, capsys):
     rows = [(f"a {n}", f"b {n % 3}", str(1 + n % 5)) for n in range(20)]
     scored = Classifier(train(tmp_path, rows, task="similarity", regression=True))
     one, turned = scored.classify("a 1", "b 2"), scored.classify("b 2", "a 1")
     assert one.label == turned.label and one.probabilities == {}
     assert 0.0 < float(one.label) < 6.0
+    assert main(["classify", "--model", str(tmp_path / "run"), "--tsv", "--text", "a 1\tb 2", "a 1"]) == 2
+    assert capsys.readouterr().out == f"label\n{one.label}\n\n", "a score has no probabilities"
     (tmp_path / "choice").mkdir()
     chosen = Classifier(
         train(tmp_path / "choice", [(f"q {n}", "yes", "no", str(n % 2)) for n in range(20)], task="multiple-choice")
@@ -103,6 +105,20 @@ def test_the_forms_of_the_output(run, classifier, tmp_path, capsys):
     assert [float(share) for share in row.split("\t")[1:]] == pytest.approx(
         list(expected[1].probabilities.values()), abs=1e-4
     )
+
+
+def test_whatever_comes_a_line_is_a_line(run, classifier, tmp_path, capsys):
+    """Of bytes that are no UTF-8 as well; what is judged after them is judged as ever."""
+    file = tmp_path / "texts.txt"
+    file.write_bytes(b"bad\nb\xffd\n \nbad")
+    assert main(["classify", "--model", str(run), str(file), "--tsv"]) == 2
+    out, err = capsys.readouterr()
+    header, first, *empty, last = out.splitlines()
+    assert first == last and first.count("\t") == 2 and empty == ["\t\t"] * 2 and header == "label\tbad\tgood"
+    assert err.splitlines() == [
+        "jaxgpt: line 2: it is not UTF-8: byte 0xff",
+        "jaxgpt: line 3: a text is empty, so it has no label",
+    ]
 
 
 BAD = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from jaxgpt.api import LanguageModel, load
 from jaxgpt.config import Dtype, GenerationConfig
@@ -38,16 +38,32 @@ class Chatbot:
             checkpoint, dtype, base: see `load`.
 
         Raises:
-            FileNotFoundError, ValueError: as `load` does.
+            FileNotFoundError, ValueError: as `load` and `tell` do.
         """
         if not isinstance(model, LanguageModel):
             model = load(model, checkpoint=checkpoint, dtype=dtype, base=base)
         self.model = model
         self.settings = settings or GenerationConfig()
-        self.system = system
+        self.system: str | None = None
+        self.tell(system)
         self.messages: list[Message] = []
         self.forgotten = 0
         """messages that the last answer was made without, for want of room"""
+
+    def tell(self, system: str | None) -> None:
+        """Set what the model is told before the first message; None, or nothing but spaces, is nothing.
+
+        Raises:
+            ValueError: that alone leaves no room in the model's context, or a character that the tokenizer does not
+                have. What it was told before stays.
+        """
+        told = system if system is not None and system.strip() else None
+        count = 0 if told is None else len(encode_prompt(self.model.tokenizer, [Message("system", told)]))
+        if count >= self.model.config.context:
+            raise ValueError(
+                f"the system's message has {count} tokens, and the model's context is {self.model.config.context}"
+            )
+        self.system = told
 
     def reset(self) -> None:
         """Forget what was said; the system's message stays."""
@@ -57,7 +73,7 @@ class Chatbot:
         """Say something and return the whole answer."""
         return "".join(self.stream(content))
 
-    def stream(self, content: str) -> Iterator[str]:
+    def stream(self, content: str) -> Generator[str, None, None]:
         """Say something and yield the answer in pieces; what has come of it when the caller stops is the answer.
 
         Raises:
@@ -72,7 +88,7 @@ class Chatbot:
         pieces = self.model.stream(prompt, self.settings, max_new_tokens=limit)
         return self._said(content, pieces)
 
-    def _said(self, content: str, pieces: Iterator[str]) -> Iterator[str]:
+    def _said(self, content: str, pieces: Iterator[str]) -> Generator[str, None, None]:
         said: list[str] = []
         try:
             for piece in pieces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import stat
 import sys
 import threading
@@ -13,11 +14,15 @@ from typing import BinaryIO
 
 from jaxgpt.data.corpus import decode_lines
 
+UNDECODED = re.compile("[\udc80-\udcff]")  # how a byte that is not UTF-8 comes
 AHEAD = 4096  # lines of a pipe read before they are asked for
 
 
-def open_lines(name: str) -> tuple[Iterator[str], Callable[[], bool]]:
+def open_lines(name: str, *, strict: bool = True) -> tuple[Iterator[str], Callable[[], bool]]:
     """Open a text file, or standard input as "-"; only a newline ends a line.
+
+    Args:
+        strict: a line that is not UTF-8 is an error, which ends them; otherwise see `undecoded`.
 
     Returns:
         The lines, and a function that says whether the next is there already, so that lines which are can be worked on
@@ -36,10 +41,16 @@ def open_lines(name: str) -> tuple[Iterator[str], Callable[[], bool]]:
     file = open(source, "rb", closefd=name != "-")  # noqa: SIM115 (it is read later)
     shown = "standard input" if name == "-" else name
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return decode_lines(file, shown), lambda: True
+        return decode_lines(file, shown, strict=strict), lambda: True
     arrived: queue.Queue[bytes | OSError] = queue.Queue(AHEAD)
     threading.Thread(target=_put, args=(file, arrived), daemon=True, name="lines").start()
-    return decode_lines(_taken(arrived), shown), lambda: not arrived.empty()
+    return decode_lines(_taken(arrived), shown, strict=strict), lambda: not arrived.empty()
+
+
+def undecoded(line: str) -> str | None:
+    """What is wrong with a line that was not UTF-8 and came all the same; None if it was."""
+    found = UNDECODED.search(line)
+    return found and f"it is not UTF-8: byte 0x{ord(found[0]) & 0xFF:02x}"
 
 
 def _put(file: BinaryIO, arrived: queue.Queue[bytes | OSError]) -> None:

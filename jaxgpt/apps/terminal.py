@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from jaxgpt.apps.chatbot import Chatbot
+from jaxgpt.apps.lines import undecoded
 from jaxgpt.config import suggestion
 from jaxgpt.data.conversations import Message
 
@@ -52,6 +55,8 @@ def as_lines(messages: Sequence[Message]) -> str:
 def talk(bot: Chatbot, transcript: str | None) -> None:
     """Ask for messages and answer them until /quit or the end of the input."""
     typed = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 spoils its line, and not the program
     if typed:
         print(f"{HELP}; Ctrl-C stops an answer, Ctrl-D ends", file=sys.stderr)
     told = False
@@ -59,9 +64,14 @@ def talk(bot: Chatbot, transcript: str | None) -> None:
         while True:
             try:
                 line = input("> " if typed else "").strip()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 print(file=sys.stderr)
                 return
+            except KeyboardInterrupt:
+                if not typed:
+                    raise
+                print("\n(/quit or Ctrl-D ends)", file=sys.stderr)  # it was meant for an answer that had just ended
+                continue
             if line == "/quit":
                 return
             if line.startswith("/"):
@@ -69,25 +79,26 @@ def talk(bot: Chatbot, transcript: str | None) -> None:
                 continue
             if not line:
                 continue
+            before = len(bot.messages)
             try:
                 _answer(bot, line)
             except ValueError as error:
-                print(f"jaxgpt: {error}", file=sys.stderr)
+                print(f"jaxgpt: {undecoded(line) or error}", file=sys.stderr)
                 continue
-            kept.write(bot.messages[-2:])
+            kept.write(bot.messages[before:])
             if bot.forgotten and not told:
                 told = True
                 print("(the oldest turns no longer fit the model's context, and leave first)", file=sys.stderr)
 
 
 def _answer(bot: Chatbot, line: str) -> None:
-    pieces = bot.stream(line)
-    try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]  # what has come is the answer
-        print(" ...", end="")
+    with contextlib.ExitStack() as stack:
+        try:
+            pieces = stack.enter_context(contextlib.closing(bot.stream(line)))
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:  # what has come is the answer
+            print(" ...", end="")
     print(flush=True)
 
 
@@ -98,7 +109,11 @@ def _command(bot: Chatbot, line: str) -> None:
         bot.reset()
         print("(forgotten)", file=sys.stderr)
     elif name == "/system":
-        bot.system = rest or None
+        try:
+            bot.tell(rest)
+        except ValueError as error:
+            print(f"jaxgpt: {undecoded(rest) or error}", file=sys.stderr)
+            return
         print("(from now on it is told that)" if rest else "(it is told nothing)", file=sys.stderr)
     elif name == "/save":
         _save(bot, rest)

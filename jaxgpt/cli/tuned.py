@@ -66,10 +66,11 @@ def classify(arguments: list[str]) -> int:
     _write_utf8()
     lines, ready = iter(options.text), lambda: True
     if not options.text:
-        lines, ready = open_lines(options.file[0] if options.file else "-")
+        lines, ready = open_lines(options.file[0] if options.file else "-", strict=False)
     classifier = Classifier(options.model, checkpoint=options.checkpoint, dtype=options.dtype, base=options.base)
+    classes = () if classifier.config.regression else classifier.config.labels
     if options.tsv:
-        print("\t".join(["label", *classifier.config.labels]))
+        print("\t".join(["label", *map(_on_one_line, classes)]))
     wrong = False
     problems: dict[int, str] = {}
     examples = _examples(lines, classifier, problems)
@@ -77,7 +78,7 @@ def classify(arguments: list[str]) -> int:
         if number in problems:
             print(f"jaxgpt: line {number}: {problems[number]}", file=sys.stderr)
             wrong = True
-        print(_judgement(judged, options), flush=True)
+        print(_judgement(judged, options, len(classes)), flush=True)
     return 2 if wrong else 0
 
 
@@ -92,17 +93,36 @@ def _examples(lines: Iterable[str], classifier: Classifier, problems: dict[int, 
             problems[number] = f"the task {task} takes {takes}, tab-separated, and it has {len(texts)}"
         elif not all(text.strip() for text in texts):
             problems[number] = "a text is empty, so it has no label"
+        elif problem := _unreadable(classifier, texts):
+            fits, problems[number] = False, problem
         yield texts if fits else ("",) * (needed or 3)
 
 
-def _judgement(judged: Judged, options: ClassifyOptions) -> str:
+def _unreadable(classifier: Classifier, texts: tuple[str, ...]) -> str | None:
+    """What keeps texts from becoming tokens; None if nothing does."""
+    from jaxgpt.apps.lines import undecoded
+
+    try:
+        for text in texts:
+            classifier.tokenizer.check(text.strip())
+    except ValueError as error:
+        return next(filter(None, map(undecoded, texts)), str(error))
+    return None
+
+
+def _judgement(judged: Judged, options: ClassifyOptions, classes: int) -> str:
     if options.json:
         return json.dumps(dataclasses.asdict(judged), ensure_ascii=False)
-    label = "" if judged.label is None else judged.label
-    shares = judged.probabilities
+    label = "" if judged.label is None else _on_one_line(judged.label)
+    shares = [f"{share:.4f}" for share in judged.probabilities.values()]
     if options.tsv:
-        return "\t".join([label, *(f"{share:.4f}" for share in shares.values())])
-    return label + (f"\t{max(shares.values()):.4f}" if shares else "")
+        return "\t".join([label, *(shares or [""] * classes)])
+    return label + (f"\t{max(shares)}" if shares else "")
+
+
+def _on_one_line(label: str) -> str:
+    """A label without the newlines and tabs that JSON can give it, which would make it several."""
+    return " ".join(label.split())
 
 
 def chat(arguments: list[str]) -> int:
@@ -130,7 +150,7 @@ def _answer_programs(bot: Chatbot, transcript: str | None) -> int:
     from jaxgpt.apps.lines import open_lines
     from jaxgpt.apps.terminal import Transcript
 
-    lines, _ = open_lines("-")
+    lines, _ = open_lines("-", strict=False)
     wrong = False
     with Transcript(transcript) as kept:
         for number, line in enumerate(lines, 1):
@@ -146,6 +166,10 @@ def _answer_programs(bot: Chatbot, transcript: str | None) -> int:
 
 
 def _reply(bot: Chatbot, line: str) -> dict[str, Any]:
+    from jaxgpt.apps.lines import undecoded
+
+    if problem := undecoded(line):
+        raise ValueError(problem)
     try:
         message = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -159,8 +183,8 @@ def _reply(bot: Chatbot, line: str) -> dict[str, Any]:
     if not isinstance(content, str) or role not in ("user", "system"):
         raise ValueError('it must have "content", a text, and no "role" but user or system; or be {"reset": true}')
     if role == "system":
-        bot.system = content
-        return {"system": content}
+        bot.tell(content)
+        return {"system": bot.system}
     reply = {"role": "assistant", "content": bot.answer(content)}
     return reply | ({"forgotten": bot.forgotten} if bot.forgotten else {})
 

@@ -152,14 +152,14 @@ def decode_text(data: bytes, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from error
 
 
-def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
+def decode_lines(lines: Iterable[bytes], name: str, *, strict: bool = True) -> Iterator[str]:
     """Yield lines as text, without a byte order mark, and without the (carriage return and) newline at their ends.
 
     Raises:
-        ValueError: one is not UTF-8; it is named.
+        ValueError: `strict`, and one is not UTF-8; it is named. Otherwise its bytes come as U+DC80 to U+DCFF.
     """
     for number, line in enumerate(lines, 1):
-        text = decode_text(line, f"{name}, line {number},")
+        text = decode_text(line, f"{name}, line {number},") if strict else line.decode("utf-8", "surrogateescape")
         text = text.removeprefix("\ufeff") if number == 1 else text
         if text:  # a mark alone is no line
             yield text.removesuffix("\n").removesuffix("\r")

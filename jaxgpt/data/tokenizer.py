@@ -92,7 +92,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text (uint32 arrays), on all cores. Raises as `encode` does."""
         for text in texts:
-            self._check(text)
+            self.check(text)
         pieces = [list(_pieces(text, self._cut)) for text in texts]
         ids = self._encode_pieces(piece for own in pieces for piece in own)
         return [np.concatenate([next(ids) for _ in own]) for own in pieces]
@@ -139,7 +139,8 @@ class Tokenizer:
         """A digest of everything that decides the ids."""
         return hashlib.sha256(self._rust.to_str().encode()).hexdigest()
 
-    def _check(self, text: str) -> None:
+    def check(self, text: str) -> None:
+        """Raise `ValueError` as `encode` would, if it would."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
