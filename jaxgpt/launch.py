@@ -33,7 +33,7 @@ RUNS = Path("runs")
 # What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
 BUDGETS = ("steps", "epochs", "evaluations", "max-seconds", "out", "resume", "average", "patience")
 LOGGING = ("quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-interval")
-SHOWN = ("sample-tokens", "sample-prompt", "samples", "validation-sentences")
+SHOWN = ("sample-tokens", "sample-prompt", "samples", "validation-sentences", "validation-answers")
 PLACES = (
     "data.path", "data.validation", "data.cache", "init-from", "parallel.strategy", "parallel.devices", "parallel.mesh",
     "parallel.gradient-accumulation", "parallel.virtual-shards", "distributed",

@@ -110,7 +110,7 @@ def test_what_is_too_long_is_left_out_or_shortened_and_counted():
     longest = Conversation((Message("user", "hi"), Message("assistant", "y" * 90)))
     given = [Conversation(HELLO), long, longest]
     encoded, kept, notes = encode_conversations(TOKENIZER, given, SETTINGS, 60)
-    assert kept == given[:1] and notes == {"left out, for they are longer than 60 tokens": 2}
+    assert kept == given[:1] and notes == {"were left out, for they are longer than 60 tokens": 2}
     settings = ConversationsConfig(too_long="drop-turns")
     encoded, kept, notes = encode_conversations(TOKENIZER, given, settings, 60)
     assert [one.messages for one in kept] == [HELLO, HELLO] and sorted(notes.values()) == [1, 1]

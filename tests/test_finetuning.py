@@ -199,6 +199,24 @@ def test_dropout_is_by_row(x64):
     )
 
 
+WRONG = [
+    (
+        {"task": "multiple-choice", "labels": (), "select": "f1"},
+        "with the task multiple-choice it is one of loss, accuracy",
+    ),
+    ({"regression": True, "select": "accuracy"}, "select is accuracy; with regression it is one of loss, pearson"),
+    ({"select": "pearson"}, "with the task classification it is one of loss, accuracy, f1, matthews"),
+    ({"task": "multiple-choice"}, "labels has no meaning with the task multiple-choice"),
+    ({"labels": ("a", "b", "a")}, "labels names one twice: a, b, a"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_settings_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
 def write_examples(path, count, seed=0):
     """Texts whose label is the word they end with."""
     rng = np.random.default_rng(seed)
@@ -279,7 +297,7 @@ def test_a_resumed_run_is_the_unbroken_run(pretrained, tmp_path):
         for number in steps:
             config = run_config(
                 folder, init_from=pretrained, adapt=ADAPTATIONS[3], epochs=None, steps=number, eval_interval=3,
-                resume="latest", optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
+                evaluations=None, resume="latest", optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
             )  # fmt: skip
             _, run = launch.train(config, recipe="tuned")
         ends.append({r["step"]: r["train/loss"] for r in run.history() if "train/loss" in r})
@@ -314,13 +332,21 @@ def test_it_learns_and_shows_what_it_learned(tmp_path):
     assert "judged    " in run.samples.read_text()
 
 
-def test_without_a_model_to_begin_with_the_settings_are_those_for_that(tmp_path):
+def test_without_a_model_to_begin_with_the_settings_are_those_for_that(tmp_path, capsys):
     flags = ["--data.path", str(write_examples(tmp_path / "a.tsv", 30)), "--out", str(tmp_path / "run"), "--quiet"]
-    small = ["--model.width", "8", "--data.vocab-size", "270", "--epochs", "None", "--steps", "1"]
+    small = ["--model.width", "8", "--data.vocab-size", "270", "--steps", "1"]
+    assert main(["train", "finetune", *flags, *small, "--epochs", "3"]) == 2
+    assert "--steps 1 and --epochs 3 are both given; one is enough" in capsys.readouterr().err
     assert main(["train", "finetune", *flags, *small]) == 0
     run = RunFolder(tmp_path / "run")
     assert run.describe()["recipe"] == "finetune-from-scratch"
     assert run.saved_config().optimizer == recipe("finetune-from-scratch").optimizer
     assert main(["train", "finetune", "--resume", "--steps", "2", "--out", str(tmp_path / "run"), "--quiet"]) == 2
-    assert main(["train", "--resume", "--steps", "2", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    assert len(run.history()) == 3, "two evaluations and the one step that was asked for"
+    more = ["--steps", "5", "--eval-interval", "2"]
+    assert main(["train", "--resume", *more, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    evaluated = {record["step"]: record for record in run.history() if "eval/loss" in record}
+    assert list(evaluated) == [0, 1, 2, 4, 5], "as often as was asked for, which counts"
+    for record in evaluated.values():
+        assert record["eval/objective"] == pytest.approx(record["eval/loss"] + 0.5 * record["eval/lm_loss"])
     assert {"train/loss", "examples_per_second"} <= run.history()[-2].keys() | run.history()[1].keys()

@@ -45,6 +45,12 @@ def test_batches_of_recipes(capsys, arguments, expected):
         assert words in out
 
 
+def test_without_the_language_models_loss_no_token_counts(capsys):
+    assert main(["inspect", "sentiment", "--rows", "1", "--lm-weight", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "; 0 next tokens count in the loss" in out and set(out.splitlines()[-3].split("│")[0].split()) == {"_"}
+
+
 def test_settings_count_and_what_is_cut_is_said(capsys, tmp_path):
     (tmp_path / "a.tsv").write_text("".join(f"so many words {n}\t{n % 2}\n" for n in range(20)))
     flags = ["--data.path", str(tmp_path / "a.tsv"), "--data.max-length", "6", "--data.vocab-size", "260"]

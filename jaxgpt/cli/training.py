@@ -104,7 +104,17 @@ def _parsed(arguments: list[str], prog: str, default: RunConfig) -> RunConfig:
     if path is not None and isinstance(default, TrainConfig):
         settled = adopted(dataclasses.replace(default.data, path=(path,)))
         default = dataclasses.replace(default, data=dataclasses.replace(settled, path=default.data.path))
-    return parse(type(default), arguments, prog, default)
+    return parse(type(default), arguments, prog, counted(default, arguments))
+
+
+def counted(config: RunConfig, arguments: list[str]) -> RunConfig:
+    """The defaults where steps are given to a task that counts epochs: then those count, and not the epochs."""
+    for flag, instead in (("--steps", "--epochs"), ("--eval-interval", "--evaluations")):
+        given, other, name = value_of(flag, arguments), value_of(instead, arguments), instead.removeprefix("--")
+        if given is not None and hasattr(config, name):
+            require(other in (None, "None"), f"{flag} {given} and {instead} {other} are both given; one is enough")
+            config = dataclasses.replace(config, **{name: None})  # type: ignore[arg-type]
+    return config
 
 
 def inspect(arguments: list[str]) -> int:
@@ -123,11 +133,13 @@ def inspect(arguments: list[str]) -> int:
     from jaxgpt.tasks.initial import SPECIAL_TOKENS
 
     prepared = launch.PREPARE[type(config)](config, print)
-    batch = next(iter(prepared.task.batches(options.batch, options.batch + 1, WHOLE)))
+    batch = dict(next(iter(prepared.task.batches(options.batch, options.batch + 1, WHOLE))))
     labels: tuple[str, ...] = ()
     special: dict[int, str] = {}
     if isinstance(prepared.config, FinetuneConfig):
         labels, size = prepared.config.labels, prepared.config.model.vocab_size or 0
+        if not prepared.config.lm_weight:
+            batch["lm_weights"] = batch["lm_weights"] * 0  # what is in the batch, but not in the loss
         special = dict(zip(range(size - len(SPECIAL_TOKENS), size), SPECIAL_TOKENS, strict=True))
     for line in describe_batch(
         batch, lambda token: special.get(token) or prepared.tokenizer.name(token), labels, options.rows

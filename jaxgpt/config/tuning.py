@@ -11,6 +11,8 @@ from jaxgpt.config.runs import GPTRunConfig
 TuningTask = Literal["classification", "entailment", "similarity", "multiple-choice"]
 Metric = Literal["loss", "accuracy", "f1", "matthews", "pearson", "spearman"]
 REGRESSION_METRICS: tuple[Metric, ...] = ("loss", "pearson", "spearman")
+CHOICE_METRICS: tuple[Metric, ...] = ("loss", "accuracy")
+CLASS_METRICS: tuple[Metric, ...] = ("loss", "accuracy", "f1", "matthews")
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ class FinetuneConfig(GPTRunConfig):
     regression: bool = False
     """the labels are numbers, and the head gives one (squared error), instead of a choice between classes"""
     epochs: float | None = 3.0
-    """passes over the training examples (None: --steps counts)"""
-    evaluations: float = 1.0
-    """evaluations of the held-out examples in each epoch; 0.5 is every second one"""
+    """passes over the training examples (None, and where --steps is given: that counts)"""
+    evaluations: float | None = 1.0
+    """evaluations of the held-out examples in each epoch, 0.5 is every second one (None, and where --eval-interval is
+    given: that counts)"""
     lm_weight: float = 0.5
     """weight of the auxiliary language-model loss beside that of the task; 0 is off"""
     head_dropout: float = 0.1
@@ -83,8 +86,9 @@ class FinetuneConfig(GPTRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.epochs is None or self.epochs > 0, f"epochs is {self.epochs}; it must be positive")
-        require(self.evaluations > 0, f"evaluations is {self.evaluations}; it must be positive")
+        for name in ("epochs", "evaluations"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}; it must be positive")
         require(self.lm_weight >= 0, f"lm-weight is {self.lm_weight}; it must not be negative")
         require(0 <= self.head_dropout < 1, f"head-dropout is {self.head_dropout}; it must be in [0, 1)")
         require(all(w > 0 for w in self.class_weights), f"class-weights has {min(self.class_weights, default=0)}; "
@@ -93,10 +97,13 @@ class FinetuneConfig(GPTRunConfig):
         require(self.samples >= 0, f"samples is {self.samples}; it must not be negative")
         choice = self.task == "multiple-choice"
         require(not (self.regression and choice), "regression has no meaning with the task multiple-choice")
-        require(not (choice and self.class_weights), "class-weights has no meaning with the task multiple-choice")
-        fits = (self.select in REGRESSION_METRICS) if self.regression else self.select not in ("pearson", "spearman")
-        which = "with regression" if self.regression else "without regression"
-        require(fits, f"select is {self.select}, which is not measured {which}")
+        for name in ("class_weights", "labels"):
+            given = choice and getattr(self, name)
+            require(not given, f"{name.replace('_', '-')} has no meaning with the task multiple-choice")
+        require(len(set(self.labels)) == len(self.labels), f"labels names one twice: {', '.join(self.labels)}")
+        measured = REGRESSION_METRICS if self.regression else CHOICE_METRICS if choice else CLASS_METRICS
+        which = "with regression" if self.regression else f"with the task {self.task}"
+        require(self.select in measured, f"select is {self.select}; {which} it is one of {', '.join(measured)}")
 
     @property
     def longest(self) -> tuple[str, int | None]:
@@ -163,9 +170,10 @@ class ChatConfig(GPTRunConfig):
 
     data: ConversationsConfig = field(default_factory=ConversationsConfig)
     epochs: float | None = 3.0
-    """passes over the training conversations (None: --steps counts)"""
-    evaluations: float = 1.0
-    """evaluations of the held-out conversations in each epoch; 0.5 is every second one"""
+    """passes over the training conversations (None, and where --steps is given: that counts)"""
+    evaluations: float | None = 1.0
+    """evaluations of the held-out conversations in each epoch, 0.5 is every second one (None, and where
+    --eval-interval is given: that counts)"""
     validation_answers: int = 50
     """held-out conversations answered at each evaluation, greedily, for exact match; 0 for none"""
     samples: int = 4
@@ -174,8 +182,9 @@ class ChatConfig(GPTRunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.adapt.method != "head", "adapt.method is head, and a chat model has no head of its own")
-        require(self.epochs is None or self.epochs > 0, f"epochs is {self.epochs}; it must be positive")
-        require(self.evaluations > 0, f"evaluations is {self.evaluations}; it must be positive")
+        for name in ("epochs", "evaluations"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}; it must be positive")
         for name in ("validation_answers", "samples"):
             value = getattr(self, name)
             require(value >= 0, f"{name.replace('_', '-')} is {value}; it must not be negative")

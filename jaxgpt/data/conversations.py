@@ -210,7 +210,7 @@ def encode_conversations(
             messages = without_oldest(messages)
             whole = whole if messages is None else encode_messages(tokenizer, messages)
         if whole.inputs > room:
-            reason = f"left out, for they are longer than {room} tokens"
+            reason = f"were left out, for they are longer than {room} tokens"
             notes[reason] = notes.get(reason, 0) + 1
             continue
         if messages is not None and len(messages) < len(one.messages):

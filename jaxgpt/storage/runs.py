@@ -164,12 +164,17 @@ class RunFolder:
         records = self.history()
         figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
         axes = figure.add_subplot()
-        train = _series(records, "train/loss")
-        held_out = _series(records, "eval/loss")
+        train, objective, held_out = (
+            _series(records, f"{name}") for name in ("train/loss", "eval/objective", "eval/loss")
+        )
         axes.plot(*train, color="tab:blue", alpha=0.35, linewidth=1, label="training batch")
-        if held_out[0]:
-            label = f"held-out, lowest {min(held_out[1]):.3f}"
-            axes.plot(*held_out, color="tab:orange", marker="o", markersize=4, label=label)
+        lines = [(held_out, "tab:orange", "held-out")]
+        if objective[0]:  # what is minimised on the batch is more than the loss that is reported
+            lines = [(objective, "tab:orange", "held-out"), (held_out, "tab:green", "held-out, the task alone")]
+        for points, color, name in lines:
+            if points[0]:
+                label = f"{name}, lowest {min(points[1]):.3f}"
+                axes.plot(*points, color=color, marker="o", markersize=4, label=label)
         axes.set(xlabel="step", ylabel="loss (nats)", title=self.path.name)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)

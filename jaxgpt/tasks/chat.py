@@ -157,12 +157,12 @@ def prepare(config: ChatConfig, say: Callable[[str], None]) -> Prepared:
     room = config.sequence_length
     train, _kept, notes = encode_conversations(tokenizer, sets.train, config.data, room)
     for reason, count in notes.items():
-        say(f"training: {count:,} of {len(sets.train):,} conversations were {reason}")
+        say(f"training: {count:,} of {len(sets.train):,} conversations {reason}")
     if not train:
         raise ValueError(f"no conversation is left: all {len(sets.train)} are longer than {room} tokens")
     held_out, held_kept, notes = encode_conversations(tokenizer, sets.held_out, config.data, room)
     for reason, count in notes.items():
-        say(f"held out: {count:,} of {len(sets.held_out):,} conversations were {reason}")
+        say(f"held out: {count:,} of {len(sets.held_out):,} conversations {reason}")
     begin = None if base is None else base.parameters
     task = ChatTuning(config, tokenizer, train, (held_out, held_kept), begin)
     config = with_epochs(config, task.train.order.batches_per_epoch)

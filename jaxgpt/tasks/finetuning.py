@@ -136,6 +136,8 @@ class FineTuning:
         measured = {"eval/loss": float(total / weight)}
         if self._config.lm_weight:
             measured["eval/lm_loss"] = float(lm / lm_weight)
+            # What train/loss is, which the loss of the task alone cannot be compared with.
+            measured["eval/objective"] = measured["eval/loss"] + self._config.lm_weight * measured["eval/lm_loss"]
         labels = self._held_out.labels
         if self._config.regression:
             scores = table[:, 0]

@@ -116,8 +116,9 @@ def describe_gpt(config: GPTRunConfig, task: Task, layout: Layout) -> str:
 
 
 def with_epochs(config: Epochs, batches: int) -> Epochs:
-    """The config with its epochs turned into steps."""
-    if config.epochs is None:
-        return config
-    steps = max(1, math.ceil(config.epochs * batches))
-    return dataclasses.replace(config, steps=steps, eval_interval=max(1, math.ceil(batches / config.evaluations)))
+    """The config with its epochs turned into steps, and evaluations an epoch into steps between them."""
+    if config.epochs is not None:
+        config = dataclasses.replace(config, steps=max(1, math.ceil(config.epochs * batches)))
+    if config.evaluations is not None:
+        config = dataclasses.replace(config, eval_interval=max(1, math.ceil(batches / config.evaluations)))
+    return config
