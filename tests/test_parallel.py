@@ -12,6 +12,7 @@ from jaxgpt.data.batches import Share
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.models.sharding import batch_sharding
 from jaxgpt.tasks import lm
+from jaxgpt.training import parallel
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import choose_layout
 from jaxgpt.training.step import TrainState, evaluate_step, train_step
@@ -49,6 +50,16 @@ def run(config, steps=3):
         seen.append({name: float(value) for name, value in metrics.items()})
     held_out = [float(value) for value in evaluation(state.parameters, layout.place(make_batch(99)))]
     return seen, held_out, state
+
+
+@pytest.mark.parametrize("config", [ParallelConfig("pmap", 2), ParallelConfig("mesh", mesh="data=2,fsdp=2,tensor=2")])
+def test_for_decoding_every_array_is_whole(config):
+    state = initial_state(choose_layout(config, ROWS))
+    wanted, found = (jax.tree.leaves(tree) for tree in (init_parameters(MODEL, jax.random.key(0)), state.parameters))
+    assert config.mesh is None or any(not leaf.is_fully_replicated for leaf in found)
+    for one, other in zip(wanted, jax.tree.leaves(parallel.on_one_device(state.parameters)), strict=True):
+        assert other.devices() == {jax.local_devices()[0]}
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.fixture(scope="module")

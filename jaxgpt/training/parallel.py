@@ -122,7 +122,12 @@ class Layout:
 
 def on_one_device(tree: Any) -> Any:
     """Every array whole on a local device, for what is not spread over devices, such as decoding."""
-    return jax.tree.map(lambda x: whole(x).addressable_data(0), tree)
+
+    def local(x: jax.Array) -> jax.Array:
+        x = whole(x)  # what other hosts have; of one host an array stays cut as it is
+        return x.addressable_data(0) if x.is_fully_replicated else jax.device_put(x, jax.local_devices()[0])
+
+    return jax.tree.map(local, tree)
 
 
 def choose_layout(
