@@ -100,11 +100,16 @@ def test_what_it_cannot_be_told_changes_nothing(model):
     assert bot.system is None
 
 
+# The command line, also where Ctrl-C is ignored by what is started, as by a job in the background.
+HEEDING = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+HEEDING += "from jaxgpt.cli import main; sys.exit(main())"
+
+
 def at_a_terminal(folder, cache, script):
     """Run `jaxgpt chat` at a pseudo-terminal; after each text that it prints, type what follows (None: Ctrl-C)."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxgpt", "chat", "--model", str(folder), "--temperature", "0", "--stop-tokens", "256"],
+        [sys.executable, "-c", HEEDING, "chat", "--model", str(folder), "--temperature", "0"],
         stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True,
         env=environment(cache) | {"PYTHONPATH": str(ROOT), "TERM": "dumb"},
     )  # fmt: skip
@@ -112,12 +117,14 @@ def at_a_terminal(folder, cache, script):
     shown, last = "", ""
     try:
         for wanted, typed in script:
+            seconds = 0
             while wanted not in shown:
+                assert seconds < 60 and process.poll() is None, f"{wanted!r} never came: {shown}"
+                seconds += 1
                 if select.select([ours], [], [], 1.0)[0]:
                     shown += os.read(ours, 1000).decode("utf-8", "replace")
                 elif last is None:  # it came after the prompt, and before anything was waited for
                     os.killpg(process.pid, signal.SIGINT)
-                assert process.poll() is None, shown
             shown, last = shown[shown.index(wanted) + len(wanted) :], typed
             os.killpg(process.pid, signal.SIGINT) if typed is None else os.write(ours, typed.encode())
         assert process.wait(timeout=60) == 0, shown
