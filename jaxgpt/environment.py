@@ -42,6 +42,10 @@ def prepare_backend() -> None:
         os.environ["XLA_FLAGS"] = flags
     if DEVICE_COUNT_FLAG in flags:
         os.environ.setdefault("NPROC", THREADS)
+    if _libtpu_is_in_vain() and not _backend_is_running():
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if "jax" in sys.modules:  # which has read the variable when it was imported
+            sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def fix_threads() -> None:

@@ -19,15 +19,15 @@ if __name__ == "__main__":  # before JAX starts; in the test suite conftest.py d
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import AdaptConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TransformerConfig
 from jaxgpt.models import gpt, transformer
 from jaxgpt.tasks import initial, lm, translation
-from jaxgpt.training.loop import initial_state
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import choose_layout
-from jaxgpt.training.step import train_step
+from jaxgpt.training.step import TrainState, train_step
 
 ROWS, LENGTH, VOCABULARY = 16, 16, 64
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant"), 100)
@@ -42,7 +42,7 @@ SLACK = {"gpt": 0.05, "encoder-decoder": 0.05, "gpt, adapters": 0.15}
 
 
 class Work:
-    """What a model learns, as far as `initial_state` and `train_step` ask."""
+    """What a model learns, as far as a step asks."""
 
     def __init__(self, kind: str) -> None:
         self.pair = kind == "encoder-decoder"
@@ -82,7 +82,12 @@ def train(kind: str, parallel: ParallelConfig, steps: int) -> tuple[list[float],
     work, layout = Work(kind), choose_layout(parallel, ROWS)
     step = functools.partial(train_step, loss=work.loss, optimizer=OPTIMIZER, seed=5)
     program = layout.compile(step, scalars=1, donate=True)
-    state = layout.initial(lambda: initial_state(work, OPTIMIZER, 1))
+
+    def initial_state() -> TrainState:
+        parameters, frozen = work.init(jax.random.key(1))
+        return TrainState(jnp.zeros((), jnp.int32), parameters, OPTIMIZER.init(parameters), frozen)
+
+    state = layout.initial(initial_state)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     losses = []
     for number in range(steps):

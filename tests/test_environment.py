@@ -22,8 +22,9 @@ COUNT = f"{environment.DEVICE_COUNT_FLAG}=4"
 
 def python(program, **variables):
     """Run a program in a process of its own with these variables, and none of ours; return its last line as JSON."""
-    ours = ("XLA_FLAGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")
-    kept = {key: value for key, value in os.environ.items() if key not in ours}
+    ours = ("XLA_FLAGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_PLATFORMS")
+    # JAX itself sets some of the TPU's when it is imported beside libtpu.
+    kept = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("TPU_")}
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=kept | variables, capture_output=True, text=True, check=True
     )
