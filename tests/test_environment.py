@@ -84,7 +84,7 @@ PLATFORMS = (
 def useless_libtpu(tmp_path):
     """A libtpu that is installed and finds no TPU, which is as much as a test can have anywhere."""
     (tmp_path / "libtpu").mkdir()
-    (tmp_path / "libtpu" / "__init__.py").write_text("def get_library_path(): raise OSError('loaded in vain')")
+    (tmp_path / "libtpu" / "__init__.py").write_text("def get_library_path(): return '/nowhere/libtpu.so'")
     if importlib.util.find_spec("jax_plugins") is not None:
         pytest.skip("another accelerator's plugin is installed, beside which nothing is set")
     return os.pathsep.join([str(tmp_path), str(ROOT)])
