@@ -23,6 +23,7 @@ from jaxgpt.training.step import TrainState, train_step
 # What libtpu reads when it is loaded: that there is no TPU here to ask for, and that nobody wants its log.
 WITHOUT_TPU = {
     "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # only what is computed on needs to be held by one process alone
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
