@@ -103,6 +103,13 @@ def our_step(
         tokens: (B, T + 1) token ids; the model predicts each from those before it.
         share: with the initial weights, as GPT-2's files name them, for the peers.
     """
+    return our_steps(config, tokens, share)[:2]
+
+
+def our_steps(
+    config: TrainConfig, tokens: np.ndarray, share: bool
+) -> tuple[Callable[[], dict[str, Any]], dict[str, Any], Callable[[], TrainState]]:
+    """As `our_step`, and a function for the state that the steps have come to."""
     keep_freed_memory()
     layout = choose_layout(config.parallel, config.data.batch_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -148,7 +155,7 @@ def our_step(
         state, metrics = program(state, batch, position)
         return {"loss": float(metrics["loss"])} | (device.memory_stats() or {})
 
-    return run, facts
+    return run, facts, lambda: state
 
 
 def measure(config: TrainConfig, options: Options) -> dict[str, Any]:

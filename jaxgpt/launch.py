@@ -31,8 +31,11 @@ from jaxgpt.training.report import Reporter
 
 RUNS = Path("runs")
 # What may differ when a run is resumed: budgets, logging, and where it runs. The data is compared by its content.
-BUDGETS = ("steps", "epochs", "evaluations", "max-seconds", "out", "resume", "average", "patience")
-LOGGING = ("quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-interval")
+BUDGETS = (
+    "steps", "epochs", "evaluations", "max-seconds", "out", "resume", "average", "keep", "patience",
+    "optimizer.max-skipped",
+)  # fmt: skip
+LOGGING = ("quiet", "tensorboard", "eval-interval", "checkpoint-interval", "log-interval", "watchdog-seconds")
 SHOWN = ("sample-tokens", "sample-prompt", "samples", "validation-sentences", "validation-answers")
 PLACES = (
     "data.path", "data.validation", "data.cache", "init-from", "parallel.strategy", "parallel.devices", "parallel.mesh",
@@ -56,7 +59,7 @@ def run_path(config: RunConfig, recipe: str) -> Path:
     """The folder a run goes to: `config.out`; else, under runs/, the recipe's latest to resume, or a new one."""
     if config.out is not None:
         return Path(config.out)
-    latest = latest_run_path(RUNS, recipe) if config.resume == "latest" else None
+    latest = latest_run_path(RUNS, recipe) if config.resume != "never" else None
     return latest or new_run_path(RUNS, recipe)
 
 
@@ -114,7 +117,7 @@ def train(
 
 def _prepare(config: RunConfig, run: RunFolder, report: Reporter, hosts: Hosts) -> tuple[bool, Layout, Prepared]:
     """Whether an old run goes on, where it runs, and what: all that can be refused before anything is written."""
-    resuming = config.resume == "latest" and run.exists()
+    resuming = config.resume != "never" and run.exists()
     if not resuming:
         run.check_free()
     unit, size = config.batch_unit

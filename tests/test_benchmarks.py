@@ -40,6 +40,14 @@ def test_train_step_measures_any_strategy(tmp_path, strategy, devices):
     assert {"date", "processor", "versions"} <= result["environment"].keys()
 
 
+def test_saving_measures_what_a_checkpoint_costs(tmp_path):
+    flags = ["--batch-size", "4", "--sequence-length", "8", "--saves", "2", "--json"]
+    result = json.loads(benchmark(tmp_path, *flags, script="saving.py").stdout.splitlines()[-1])
+    cost = result["seconds_waited"]["median"] + result["seconds_slower"]["median"]
+    assert result["share"] == pytest.approx(cost / (100 * result["seconds_per_step"]["median"]))
+    assert result["checkpoint_bytes"] > 1e6 and result["seconds_waited"]["min"] > 0
+
+
 def test_train_step_puts_pytorch_beside_it(tmp_path):
     pytest.importorskip("transformers", reason="needs torch and transformers, which only the comparison installs")
     done = benchmark(tmp_path, *SMALL, "--vs", "torch", "plain", "--json")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxgpt.storage.checkpoint import Checkpoints, DamagedCheckpointError, checksums
+from jaxgpt.storage.checkpoint import Checkpoints, checksums
+from jaxgpt.storage.integrity import DamagedCheckpointError, UnknownFormatError
 
 ROOT = Path(__file__).parents[1]
 
@@ -311,13 +313,16 @@ big = {{"a": jax.random.normal(key, (1_000_000,))}}
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 try:
     checkpoints.save(2, big, metrics=None, extra={{}})
-    checkpoints.wait()
+    while True:
+        checkpoints.check()  # it is noticed without a second save
 except OSError as error:
     print("failed:", error)
+print("steps:", checkpoints.steps)
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"failed: the checkpoint of step 2 could not be written to {tmp_path / 'c'}: " in result.stdout
+    assert "steps: [1]" in result.stdout  # and what failed is no checkpoint
     small = {"a": jax.random.normal(jax.random.key(0), (10,))}
     checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.steps == [1]
@@ -325,6 +330,90 @@ except OSError as error:
     checkpoints.save(2, small, metrics=None, extra={})
     checkpoints.close()
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["2"]
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def harm(folder, how):
+    """Damage one checkpoint."""
+    if how == "payload":
+        flip(max(payloads(folder), key=lambda path: path.stat().st_size))
+    elif how == "metrics":
+        (folder / "metrics").mkdir()
+        (folder / "metrics" / "metrics").write_text("{")
+    elif how == "metadata":
+        (folder / "_CHECKPOINT_METADATA").write_text("")
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+@orbax_leaves_coroutines
+@pytest.mark.parametrize("how", ["payload", "metrics", "metadata", "empty folder"])
+def test_the_newest_that_is_whole_is_found_and_the_others_are_kept_and_named(tmp_path, saved_three, how):
+    folder = Path(shutil.copytree(saved_three, tmp_path / "c"))
+    harm(folder / "3", how)
+    with pytest.raises(DamagedCheckpointError, match=r"/3 cannot be read: .*--resume latest-good .* of step 2 or bef"):
+        Checkpoints(folder, keep=3).restore(3, shapes_of(make_trees(3)), device())
+    checkpoints = Checkpoints(folder, keep=3, good=True)
+    step, trees, _ = checkpoints.restore_good(shapes_of(make_trees()), device())
+    assert step == 2
+    assert_bit_equal(trees, make_trees(2))
+    (why,) = checkpoints.left_out
+    assert f"{folder / '3'} cannot be read" in why and "3.damaged" in why and "latest-good" not in why
+    assert checkpoints.steps == [1, 2] and (folder / "3.damaged").is_dir()
+    checkpoints.save(3, make_trees(3), metrics=None, extra={})
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
+    assert_bit_equal(restore(folder, step=3)[0], make_trees(3))
+
+
+@orbax_leaves_coroutines
+@pytest.mark.parametrize("how", ["payload", "metadata"])
+def test_where_none_is_whole_all_stay(tmp_path, saved_three, how):
+    folder = Path(shutil.copytree(saved_three, tmp_path / "c"))
+    for step in (1, 2, 3):
+        harm(folder / str(step), how)
+    checkpoints = Checkpoints(folder, keep=3, good=True)
+    with pytest.raises(DamagedCheckpointError, match=f"no checkpoint in {folder} is whole; the checkpoint {folder}/3 "):
+        checkpoints.restore_good(shapes_of(make_trees()), device())
+    assert checkpoints.steps == [1, 2, 3]
+
+
+def test_a_checkpoint_of_another_format_is_said_to_be_that_and_stays(tmp_path, saved_three):
+    folder = Path(shutil.copytree(saved_three, tmp_path / "c"))
+    file = folder / "3" / "_CHECKPOINT_METADATA"
+    metadata = json.loads(file.read_text())
+    metadata["custom_metadata"] = {"format": 99}
+    file.write_text(json.dumps(metadata))
+    for read in (
+        lambda: Checkpoints(folder, read_only=True).restore(3, shapes_of(make_trees()), device()),
+        lambda: Checkpoints(folder, keep=3, good=True).restore_good(shapes_of(make_trees()), device()),
+    ):
+        with pytest.raises(UnknownFormatError, match=f"{folder}/3 cannot be read: it is of format 99, and this"):
+            read()
+    assert (folder / "3").is_dir()
+
+
+@orbax_leaves_coroutines
+def test_metrics_that_are_others_are_noticed(copy):
+    """A digit of what decides the best checkpoint."""
+    file = copy / "1" / "metrics" / "metrics"
+    file.write_text(file.read_text().replace("2.0", "1.0"))
+    assert is_noticed(copy)
+
+
+def test_a_checkpoint_can_be_saved_again(tmp_path):
+    save(tmp_path / "c", [2.0, None], start=1)
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(2, make_trees(7), metrics={"eval/loss": 1.0}, extra={})
+    assert checkpoints.steps == [2] and checkpoints.best_step == 2
+    checkpoints.close()
+    assert_bit_equal(restore(tmp_path / "c", step=2, shapes=shapes_of(make_trees()))[0], make_trees(7))
 
 
 def test_checksums_are_of_the_bytes():

@@ -45,12 +45,12 @@ UNUSUAL = TrainConfig(
     optimizer=OptimizerConfig(
         name="muon", learning_rate=0.5, final_learning_rate=0.25, muon_learning_rate=0.125, muon_beta=0.25,
         schedule="wsd", warmup_steps=3, decay_share=0.5, beta1=0.5, beta2=0.5, epsilon=0.5, weight_decay=0.5,
-        clip_norm=None, warmup_share=0.25, layer_decay=0.5,
+        clip_norm=None, warmup_share=0.25, layer_decay=0.5, skip_spikes=5.0, max_skipped=3,
     ),
     parallel=ParallelConfig(strategy="mesh", devices=2, mesh="fsdp=2", gradient_accumulation=2, virtual_shards=4),
     steps=7, seed=8, out="o", resume="latest", max_seconds=9.5, eval_interval=10, checkpoint_interval=11, average=3,
     patience=4, log_interval=12, sample_tokens=13, sample_prompt="p", quiet=True, tensorboard=True, init_from="base",
-    adapt=AdaptConfig("lora", 2, 3, 0.5, ("up", "down")),
+    adapt=AdaptConfig("lora", 2, 3, 0.5, ("up", "down")), keep=5, watchdog_seconds=60.5,
     distributed="off", hosts=HostsConfig("host:1", 3, 1, 17, 18),
 )  # fmt: skip
 UNUSUAL_TRANSLATION = TranslationConfig(
@@ -69,7 +69,7 @@ UNUSUAL_TRANSLATION = TranslationConfig(
     optimizer=UNUSUAL.optimizer, parallel=UNUSUAL.parallel,
     **{key: value for key, value in vars(UNUSUAL).items() if key in
        {"steps", "seed", "out", "resume", "max_seconds", "eval_interval", "checkpoint_interval", "average", "patience",
-        "log_interval", "quiet", "tensorboard", "distributed", "hosts"}},
+        "log_interval", "quiet", "tensorboard", "distributed", "hosts", "keep", "watchdog_seconds"}},
     label_smoothing=0.2, validation_sentences=3, samples=2,
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ SHARED = {
     key: value for key, value in vars(UNUSUAL).items() if key in
     {"model", "optimizer", "parallel", "steps", "seed", "out", "resume", "max_seconds", "eval_interval", "average",
      "checkpoint_interval", "patience", "log_interval", "quiet", "tensorboard", "init_from", "adapt", "distributed",
-     "hosts"}
+     "hosts", "keep", "watchdog_seconds"}
 }  # fmt: skip
 UNUSUAL_FINETUNE = FinetuneConfig(
     **SHARED, task="similarity", epochs=None, evaluations=2.0, lm_weight=0.25, head_dropout=0.75, labels=("x", "y"),
@@ -169,6 +169,7 @@ def test_json_that_is_no_object_is_refused(values):
     + [("optimizer.warmup-steps", -1), ("optimizer.weight-decay", -0.1), ("optimizer.beta1", 1.0)]
     + [("optimizer.beta2", -0.1), ("optimizer.decay-share", 0.0), ("optimizer.decay-share", 1.1)]
     + [("parallel.devices", 0), ("parallel.gradient-accumulation", 0)]
+    + [("optimizer.skip-spikes", 0.0), ("optimizer.max-skipped", 0), ("watchdog-seconds", 0.0), ("keep", 0)]
     + [(name, 0) for name in ("steps", "eval-interval", "checkpoint-interval", "log-interval")]
     + [("seed", -1), ("seed", 2**31), ("sample-tokens", -1), ("max-seconds", 0.0)],
 )

@@ -15,8 +15,8 @@ from jaxgpt.models.gpt import GPT, init_parameters, output_head
 from jaxgpt.models.losses import unembed
 from jaxgpt.tasks import lm
 from jaxgpt.tasks.lm import LanguageModelling
-from jaxgpt.training.loop import Task
 from jaxgpt.training.step import evaluate_step
+from jaxgpt.training.task import Task
 
 MODEL = GPTConfig(vocab_size=257, context=6, layers=1, heads=2, width=8, unroll=1, init_std=0.3)
 TEXT = "".join(f"{n} and {n * n % 11} are {n % 7}. \u00fc" for n in range(60))

@@ -118,6 +118,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(t
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["parameters"]))
 
 
+def test_a_watchdog_ends_a_run_in_which_nothing_ends(tmp_path, cache, text):
+    """Compilation takes longer than the time that is given."""
+    flags = f"--steps 5 --watchdog-seconds 0.001 --quiet --model.layers 3 --out {tmp_path / 'run'}"
+    out, err = run(f"{SMALL} --data.path {text} {flags}", cache, code=1)
+    assert out == "" and "nothing was done for 0.001 seconds, in " in err and "most recent call first" in err
+    assert f"jaxgpt inspect {tmp_path / 'run'} --batch 0" in err or "batch 0 of the evaluation after step 0" in err
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path, cache, text):
     common = f"{SMALL} --data.path {text} --out {tmp_path / 'run'}"
     run(f"{common} --steps 2 --quiet", cache)
@@ -131,7 +139,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, cache, text):
         data[len(data) // 2] ^= 1
         payload.write_bytes(data)
         _, err = run(arguments, cache, code=2)
-        assert "checkpoints/2" in err and len(err.splitlines()) == 1
+        assert "checkpoints/2 cannot be read" in err and len(err.splitlines()) == 1
 
 
 def test_generate_writes_json_a_prompt(tmp_path, cache, text):

@@ -31,8 +31,8 @@ from jaxgpt.tasks import translation
 from jaxgpt.tasks.scores import bleu
 from jaxgpt.tasks.trained import load_trained
 from jaxgpt.tasks.translation import Translation
-from jaxgpt.training.loop import Task
 from jaxgpt.training.report import Reporter
+from jaxgpt.training.task import Task
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 from jaxgpt import __version__
@@ -86,6 +87,9 @@ def _silence_libraries() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = lambda arguments: None
+    # What else it had begun to read of a damaged checkpoint is left where it was, and finds its event loop closed.
+    sys.unraisablehook = lambda arguments: None
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _one_line(error: Exception) -> str:

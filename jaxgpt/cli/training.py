@@ -80,7 +80,7 @@ def _resolved(
     config: RunConfig, path: Path, recipe: str, arguments: list[str], named: str | None
 ) -> tuple[RunConfig, str]:
     """Config and recipe of a run; of one that is resumed its own, with what the arguments change."""
-    if config.resume != "latest":
+    if config.resume == "never":
         return config, recipe
     run = RunFolder(path)
     if not run.exists():

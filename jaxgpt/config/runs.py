@@ -81,6 +81,11 @@ class OptimizerConfig:
     """the learning rate of each layer as a share of that of the layer above it; a task's head has the whole"""
     clip_norm: float | None = 1.0
     """largest global norm of the gradient (None: no clipping)"""
+    skip_spikes: float | None = None
+    """leave out steps whose loss or gradient norm is so many standard deviations above the mean of the last 128, as 6
+    (None: only those that are not finite)"""
+    max_skipped: int = 10
+    """end the run after so many steps in a row were left out"""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "muon_learning_rate", "epsilon"):
@@ -98,6 +103,9 @@ class OptimizerConfig:
         require(0 < self.decay_share <= 1, f"optimizer.decay-share is {self.decay_share}; it must be in (0, 1]")
         norm = self.clip_norm
         require(norm is None or norm > 0, f"optimizer.clip-norm is {norm}; it must be positive, or None")
+        spikes = self.skip_spikes
+        require(spikes is None or spikes > 0, f"optimizer.skip-spikes is {spikes}; it must be positive, or None")
+        require(self.max_skipped >= 1, f"optimizer.max-skipped is {self.max_skipped}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -174,18 +182,24 @@ class RunConfig:
     """the same bits on 1, 2, 4 or 8 devices, and when their number changes in mid-run; slower (see the README)"""
     out: str | None = None
     """the run folder (default: a new folder under runs/, named after the recipe)"""
-    resume: Literal["never", "latest"] = "never"
-    """latest: go on from the newest checkpoint in the run folder, or start if there is none"""
+    resume: Literal["never", "latest", "latest-good"] = "never"
+    """latest: go on from the newest checkpoint in the run folder, or start if there is none; latest-good: from the
+    newest that is not damaged"""
     max_seconds: float | None = None
     """end by the clock: the schedule follows the share of this budget used, so the run still ends annealed"""
     eval_interval: int = 250
     """steps between evaluations of the whole held-out split"""
     checkpoint_interval: int | None = None
     """steps between checkpoints (default: at every evaluation)"""
+    keep: int = 2
+    """newest checkpoints that are kept, besides the best one: where one is damaged, that before it is there"""
     average: int = 1
     """the newest checkpoints whose mean is the model in the end (see --checkpoint average); they are all kept"""
     patience: int | None = None
     """end early after so many evaluations without a lower held-out loss"""
+    watchdog_seconds: float | None = None
+    """end the run, with the stacks of all threads, if no step or evaluation batch ends in so many seconds, compilation
+    included"""
     log_interval: int = 10
     """steps between lines of metrics.jsonl; the first 20 steps are all logged"""
     quiet: bool = False
@@ -195,12 +209,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2**31)")
-        for name in ("steps", "eval_interval", "checkpoint_interval", "average", "patience", "log_interval"):
+        for name in ("steps", "eval_interval", "checkpoint_interval", "keep", "average", "patience", "log_interval"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name.replace('_', '-')} is {value}; it must be at least 1")
         require("://" not in (self.out or ""), f"out is {self.out}; it must be a folder, as that of a mounted bucket")
-        seconds = self.max_seconds
-        require(seconds is None or seconds > 0, f"max-seconds is {seconds}; it must be positive")
+        for name in ("max_seconds", "watchdog_seconds"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name.replace('_', '-')} is {value}; it must be positive")
         if self.strict_reproducibility:
             self._check_strict()
 
@@ -227,7 +242,8 @@ class RunConfig:
 
     def saves_at(self, step: int) -> bool:
         """Whether every run with these intervals has a checkpoint of this step, also one that nothing interrupted."""
-        return step % self.eval_interval == 0 or bool(self.checkpoint_interval and step % self.checkpoint_interval == 0)
+        intervals = (self.eval_interval, self.checkpoint_interval or self.eval_interval)
+        return step > 0 and any(step % interval == 0 for interval in intervals)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _lost_connection(error: Exception) -> bool:
 
 @dataclass
 class SharedStop:
-    """`training.loop.Stop` for several hosts: SIGTERM or Ctrl-C at any of them ends all after the same step.
+    """`training.stop.Stop` for several hosts: SIGTERM or Ctrl-C at any of them ends all after the same step.
 
     JAX listens to SIGTERM itself (which excludes a handler of ours) and has all hosts agree on a step.
     """

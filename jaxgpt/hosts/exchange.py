@@ -117,8 +117,18 @@ class Hosts:
             )
 
 
+ALONE = Hosts()
+
+
 def _lists(folder: Path, one: Path) -> bool:
     return folder.is_dir() and one.name in os.listdir(folder)
+
+
+def is_whole(x: Any) -> bool:
+    """Whether this host has all of an array."""
+    import jax
+
+    return not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable
 
 
 def whole(x: Any) -> Any:
@@ -129,7 +139,7 @@ def whole(x: Any) -> Any:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
+    if is_whole(x):
         return x
     assert isinstance(x.sharding, NamedSharding)
     return jax.jit(_same, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)

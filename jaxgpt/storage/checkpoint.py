@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxgpt.hosts import whole
-
-FORMAT = 1
+from jaxgpt.hosts import ALONE, Hosts, is_whole, whole
+from jaxgpt.storage.integrity import (
+    DamagedCheckpointError,
+    UnknownFormatError,
+    check_fit,
+    check_seal,
+    root_cause,
+    sealed,
+    unreadable_metrics,
+)
 
 Trees = dict[str, Any]
-
-
-class DamagedCheckpointError(ValueError):
-    """A checkpoint that cannot be read, or whose contents are not what was saved."""
 
 
 class Checkpoints:
@@ -41,6 +46,8 @@ class Checkpoints:
         metric: str = "eval/loss",
         highest: bool = False,
         read_only: bool = False,
+        good: bool = False,
+        hosts: Hosts = ALONE,
     ) -> None:
         """Open or create `folder`, where the `keep` newest stay (see `newest`).
 
@@ -49,27 +56,35 @@ class Checkpoints:
             metric: of what `save` is told, the figure that decides which checkpoint is the best.
             highest: whether the highest is the best, not the lowest.
             read_only: do not clean up what a running or killed writer left half done.
+            good: set checkpoints that cannot be read aside (see `left_out`) rather than refuse them.
+            hosts: those that read and write together; all call the same methods in the same order.
+
+        Raises:
+            DamagedCheckpointError: the metrics of a checkpoint cannot be read, so that the best is not known.
         """
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda m: m[metric], reverse=not highest, n=1, keep_checkpoints_without_metrics=False
         )
-        self.folder, self._regular = folder.absolute(), regular
-        self._metric, self._highest = metric, highest
-        try:
-            self._checkpointer = ocp.training.Checkpointer(
-                self.folder,
-                preservation_policy=policies.AnyPreservationPolicy([_Newest(keep, regular), best]),
-                cleanup_tmp_directories=not read_only,
-            )
-        except ValueError as error:  # it reads the metrics of all of them
-            raise DamagedCheckpointError(
-                f"a checkpoint in {self.folder} cannot be read: {_root_cause(error)}"
-            ) from error
+        self.folder, self._regular, self._read_only = folder.absolute(), regular, read_only
+        self._metric, self._highest, self._hosts = metric, highest, hosts
         self._pending: Any = None
+        self.left_out: list[str] = []
+        for step, reason in hosts.of_first([*unreadable_metrics(self.folder, metric).items()]):
+            error = DamagedCheckpointError(f"the checkpoint {self.folder / str(step)} cannot be read: {reason}")
+            if not good or not self._others(step):
+                raise DamagedCheckpointError(f"{error}{self._way_out(step)}")
+            self._set_aside(step, error)
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy([_Newest(keep, regular), best]),
+            cleanup_tmp_directories=not read_only,
+        )
 
     def save(self, step: int, trees: Trees, *, metrics: dict[str, float] | None, extra: dict[str, Any]) -> None:
         """Start saving `trees` as `step`; their arrays may be donated as soon as this returns.
+
+        A checkpoint of that step that is there already is replaced, not atomically: those before it stay meanwhile.
 
         Args:
             trees: named pytrees of arrays, each of which can be restored without the others.
@@ -80,10 +95,10 @@ class Checkpoints:
             OSError: this save or the one before could not be written; what was committed before is untouched.
         """
         self.wait()
-        custom = {"format": FORMAT, "checksums": checksums(trees), "extra": extra}
+        custom = sealed({"checksums": checksums(trees), "extra": extra, "metrics": metrics or {}})
         try:
             self._pending = self._checkpointer.save_checkpointables_async(
-                step, trees, metrics=metrics, custom_metadata=custom, force=True
+                step, trees, metrics=metrics, custom_metadata=custom, force=True, overwrite=step in self.steps
             )
         except Exception as error:
             raise self._write_error(step, error) from error
@@ -95,13 +110,32 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
+        self._end_save(timeout=None)
+
+    def check(self) -> None:
+        """Return at once; notice if the save under way has ended.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        with contextlib.suppress(TimeoutError):
+            self._end_save(timeout=0.0)
+
+    def _end_save(self, timeout: float | None) -> None:
+        if self._pending is None:
             return
         try:
-            pending.result()
+            self._pending.result(timeout)
+        except TimeoutError:
+            raise
         except Exception as error:
+            self._pending = None
+            with contextlib.suppress(Exception):
+                self._checkpointer.reload()  # it has counted the step as saved since the save began
             raise self._write_error(self._step, error) from error
+        self._pending = None
+        if self._hosts.first:
+            shutil.rmtree(self._damaged(self._step), ignore_errors=True)
 
     def close(self) -> None:
         """Wait for the save under way, then let go of the folder."""
@@ -149,9 +183,15 @@ class Checkpoints:
             shardings: where each array goes: a tree like `shapes`, or a prefix of it, as one sharding is for all.
 
         Raises:
-            DamagedCheckpointError: it cannot be read, does not fit `shapes`, or a leaf is not what was saved.
+            DamagedCheckpointError: it cannot be read, does not fit `shapes`, or something in it is not what was saved.
+            UnknownFormatError: another version of jaxgpt wrote it.
         """
-        path = self.folder / str(step)
+        try:
+            return self._restore(step, shapes, shardings)
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"{error}{self._way_out(step)}") from error
+
+    def _restore(self, step: int, shapes: Trees, shardings: Any) -> tuple[Trees, dict[str, Any]]:
         targets = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             shapes,
@@ -159,22 +199,55 @@ class Checkpoints:
         )
         try:
             metadata = self._checkpointer.checkpointables_metadata(step)
-            custom = metadata.custom_metadata
-            if isinstance(custom, dict) and custom.get("format") == FORMAT:
-                _check_fit(shapes, metadata.metadata, custom["checksums"])
-                trees, extra = self._checkpointer.load_checkpointables(step, targets), custom["extra"]
+            custom = check_seal(metadata.custom_metadata)
+            measured = next(c.metrics for c in self._checkpointer.checkpoints if c.step == step) or {}
+            if custom.get("metrics", measured) != measured:
+                raise DamagedCheckpointError("its metrics are not what was saved")
+            check_fit(by_path(shapes), by_path(metadata.metadata), custom["checksums"], set(shapes))
+            trees = self._hosts.together(lambda: self._checkpointer.load_checkpointables(step, targets))
+            for name, checksum in checksums(trees).items():
+                if custom["checksums"].get(name) != checksum:
+                    raise DamagedCheckpointError(f"{name} does not have the checksum it was saved with")
         except Exception as error:
-            reason = f"the checkpoint {path} cannot be read: {_root_cause(error)}"
-            raise DamagedCheckpointError(reason + self._way_out(step)) from error
-        if not isinstance(custom, dict) or custom.get("format") != FORMAT:
-            raise DamagedCheckpointError(f"the checkpoint {path} is not of format {FORMAT}, the one this version reads")
-        for name, checksum in checksums(trees).items():
-            if custom["checksums"].get(name) != checksum:
-                raise DamagedCheckpointError(
-                    f"the checkpoint {path} is damaged: {name} does not have the checksum it was saved with"
-                    + self._way_out(step)
-                )
-        return trees, extra
+            kind = UnknownFormatError if isinstance(error, UnknownFormatError) else DamagedCheckpointError
+            raise kind(f"the checkpoint {self.folder / str(step)} cannot be read: {root_cause(error)}") from error
+        return trees, custom["extra"]
+
+    def restore_good(self, shapes: Trees, shardings: Any) -> tuple[int, Trees, dict[str, Any]]:
+        """Read the newest checkpoint that is whole; return its step and what `restore` returns.
+
+        Newer ones are set aside: `left_out` says which and why. A folder N.damaged is what was the checkpoint N, until
+        the run has saved that step again. At least one checkpoint exists.
+
+        Raises:
+            DamagedCheckpointError: none is whole; all stay as they are.
+            UnknownFormatError: another version of jaxgpt wrote one of them.
+        """
+        damaged: dict[int, DamagedCheckpointError] = {}
+        for step in reversed(self.steps):
+            try:
+                trees, extra = self._restore(step, shapes, shardings)
+            except DamagedCheckpointError as error:
+                damaged[step] = error
+                continue
+            for newer, why in damaged.items():
+                self._set_aside(newer, why)
+            self._checkpointer.reload()
+            return step, trees, extra
+        raise DamagedCheckpointError(f"no checkpoint in {self.folder} is whole; {next(iter(damaged.values()))}")
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        place = self._damaged(step)
+
+        def move() -> None:
+            shutil.rmtree(place, ignore_errors=True)
+            (self.folder / str(step)).rename(place)
+
+        self._hosts.together(move if self._hosts.first else lambda: None)
+        self.left_out.append(f"left out, and kept as {place.name}: {error}")
+
+    def _damaged(self, step: int) -> Path:
+        return self.folder / f"{step}.damaged"
 
     def restore_average(self, count: int, shapes: Any, shardings: Any) -> tuple[Any, int]:
         """Read the parameters of the `count` newest checkpoints (see `newest`); return their mean and how many.
@@ -190,12 +263,20 @@ class Checkpoints:
             total = wide if total is None else jax.tree.map(jnp.add, total, wide)
         return jax.tree.map(lambda leaf, shape: (leaf / len(steps)).astype(shape.dtype), total, shapes), len(steps)
 
+    def _others(self, step: int) -> list[int]:
+        names = [path.name for path in self.folder.iterdir()]
+        return [int(name) for name in names if name.isdecimal() and int(name) != step]
+
     def _way_out(self, step: int) -> str:
-        others = [other for other in self.steps if other != step]
-        return f"; without that folder, the checkpoint of step {others[-1]} is taken" if others else ""
+        others = self._others(step)
+        if not others:
+            return ""
+        if self._read_only:
+            return f"; without that folder, the checkpoint of step {max(others)} is taken"
+        return f"; --resume latest-good goes back to the newest that is whole, of step {max(others)} or before"
 
     def _write_error(self, step: int, error: Exception) -> OSError:
-        return OSError(f"the checkpoint of step {step} could not be written to {self.folder}: {_root_cause(error)}")
+        return OSError(f"the checkpoint of step {step} could not be written to {self.folder}: {root_cause(error)}")
 
 
 def _newest(steps: Sequence[int], count: int, regular: Callable[[int], bool]) -> list[int]:
@@ -215,19 +296,6 @@ class _Newest:
         return [step in kept for step in steps]
 
 
-def _check_fit(wanted: Trees, metadata: Trees, names: Collection[str]) -> None:
-    """Raise `ValueError` at the first leaf that is in the checkpoint or in `wanted` alone, or differs in its shape."""
-    here, there = by_path(wanted), by_path(metadata)
-    for name in sorted(here.keys() ^ {name for name in names if name.partition("/")[0] in wanted}):
-        raise ValueError(
-            f"it has {'no' if name in here else 'a'} {name}, and the model has {'one' if name in here else 'none'}"
-        )
-    for name, leaf in here.items():
-        saved = there.get(name, leaf)
-        if (saved.shape, saved.dtype) != (leaf.shape, leaf.dtype):
-            raise ValueError(f"{name} is {saved.dtype} {saved.shape} in it, and {leaf.dtype} {leaf.shape} in the model")
-
-
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their path, as "blocks/mlp/up/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -236,16 +304,13 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 def checksums(tree: Any) -> dict[str, int]:
     """CRC-32 of the bytes of every leaf, by its path in the tree."""
-    return {name: zlib.crc32(_bytes_of(whole(leaf))) for name, leaf in by_path(tree).items()}
+    leaves = by_path(tree)
+    with ThreadPoolExecutor() as pool:  # training waits for them, and zlib computes without the interpreter's lock
+        # Arrays of which other hosts have parts are gathered one after another, on all hosts in the same order.
+        each: Any = pool.map if all(map(is_whole, leaves.values())) else map
+        return dict(zip(leaves, each(_checksum, leaves.values()), strict=True))
 
 
-def _bytes_of(leaf: Any) -> memoryview:
+def _checksum(leaf: Any) -> int:
     # Viewed as bytes first: the buffer protocol does not know bfloat16.
-    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data
-
-
-def _root_cause(error: BaseException) -> str:
-    """First line of the innermost error: Orbax wraps what went wrong in handler errors that do not say it."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return zlib.crc32(np.ascontiguousarray(whole(leaf)).reshape(-1).view(np.uint8).data)

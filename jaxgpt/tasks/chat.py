@@ -66,7 +66,7 @@ def loss(
 
 
 class ChatTuning:
-    """The task of answering (see `training.loop.Task`)."""
+    """The task of answering (see `training.task.Task`)."""
 
     def __init__(
         self,

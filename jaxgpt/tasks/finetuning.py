@@ -104,7 +104,7 @@ def evaluation_sums(
 
 
 class FineTuning:
-    """The task of judging examples by a head on a GPT (see `training.loop.Task`)."""
+    """The task of judging examples by a head on a GPT (see `training.task.Task`)."""
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ def loss(
 
 
 class LanguageModelling:
-    """The task of pretraining: windows of running text, next-token loss, bits per byte (see `training.loop.Task`)."""
+    """The task of pretraining: windows of running text, next-token loss, bits per byte (see `training.task.Task`)."""
 
     def __init__(self, config: TrainConfig, text: TokenizedText, base: Parameters | None = None) -> None:
         """`config.model.vocab_size` is set, and at least the tokenizer's; `base` is what `init_from` names.

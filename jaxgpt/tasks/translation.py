@@ -72,7 +72,7 @@ def _init(config: TransformerConfig, key: Key[Array, ""]) -> tuple[Parameters, P
 
 
 class Translation:
-    """The task of translation: bucketed pairs, label smoothing, BLEU (see `training.loop.Task`)."""
+    """The task of translation: bucketed pairs, label smoothing, BLEU (see `training.task.Task`)."""
 
     def __init__(
         self, config: TranslationConfig, tokenizer: Tokenizer, train: EncodedPairs, held_out: EncodedPairs

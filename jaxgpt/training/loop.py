@@ -2,63 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config import RunConfig
-from jaxgpt.data.batches import Share
-from jaxgpt.hosts import Hosts, SharedStop
+from jaxgpt.hosts import ALONE, Hosts, SharedStop
 from jaxgpt.models.partition import combine
 from jaxgpt.storage.checkpoint import Checkpoints
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import Layout
-from jaxgpt.training.report import Reporter, describe_evaluation
-from jaxgpt.training.step import EvaluationSums, Loss, Parameters, TrainState, evaluation_step, training_step
+from jaxgpt.training.report import Reporter, describe_evaluation, metrics_writer
+from jaxgpt.training.skipping import Skipped, no_steps, reason
+from jaxgpt.training.step import Parameters, TrainState, evaluation_step, training_step
+from jaxgpt.training.stop import Stop
+from jaxgpt.training.task import Task
+from jaxgpt.training.watchdog import Watchdog
 
-ALONE = Hosts()
 FIRST_STEPS = 20  # logged one by one, whatever the interval: a run that starts wrong shows it here
-
-
-@runtime_checkable
-class Task(Protocol):
-    """What is learned. The loop knows nothing else about it."""
-
-    loss: Loss
-    evaluation_sums: EvaluationSums
-    width: int
-    """D, the model's width"""
-    unit: str
-    """what the weights of a batch count, in the plural"""
-
-    def init(self, key: jax.Array) -> tuple[Parameters, Parameters]:
-        """Initial parameters: those that are trained, and those that stay as they are (see `models.partition`)."""
-
-    def batches(self, start: int, stop: int, share: Share) -> Iterator[dict[str, np.ndarray]]:
-        """Of the global batches of steps `start` to `stop`, each a pure function of (seed, step), this host's share."""
-
-    def evaluation_batches(self, share: Share) -> Iterable[dict[str, np.ndarray]]:
-        """The whole held-out split, each target once, in global batches; of each this host's share."""
-
-    def evaluation_metrics(self, sums: Sequence[np.ndarray], parameters: Parameters) -> dict[str, float]:
-        """What the sums (float64) mean, and what else the held-out split shows: at least `eval/loss`."""
-
-    def sample(self, parameters: Parameters) -> Iterator[str]:
-        """Something the model makes, as pieces of text; none if none is wanted."""
 
 
 @dataclass(frozen=True)
@@ -70,53 +40,30 @@ class Outcome:
     interrupted: bool
 
 
-@dataclass
-class Stop:
-    """Whether somebody asked the run to end: SIGTERM or Ctrl-C ends it after the step under way."""
-
-    requested: bool = False
-    _previous: dict[int, Any] = field(default_factory=dict)
-
-    def at(self, step: int) -> None:
-        """The step after `step` is about to begin; several hosts decide here (see `hosts.SharedStop`)."""
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        self.requested = True
-        if sys.stderr.isatty():
-            os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C once more leaves at once\n")
-
-
 def train(
     task: Task, config: RunConfig, run: RunFolder, layout: Layout, report: Reporter, hosts: Hosts = ALONE
 ) -> Outcome:
     """Train from the newest checkpoint in `run` (or from the start) to the end of the budget.
 
     Raises:
-        FloatingPointError: loss or gradient is not finite; no state after the last good one was saved.
+        FloatingPointError: too many steps in a row were left out; none of their states was saved.
         OSError: the run folder cannot be written; what was committed before is untouched.
         ValueError: the checkpoint is damaged or does not fit the config.
     """
     metric, highest = config.selection
     checkpoints = Checkpoints(
-        run.checkpoints, keep=config.average, regular=config.saves_at, metric=metric, highest=highest
+        run.checkpoints,
+        keep=max(config.keep, config.average),
+        regular=config.saves_at,
+        metric=metric,
+        highest=highest,
+        good=config.resume == "latest-good",
+        hosts=hosts,
     )
-    try:
-        with Stop() if hosts.count == 1 else SharedStop() as stop:
-            return _Loop(task, config, run, layout, report, checkpoints, stop, hosts).run()
-    finally:
-        checkpoints.close()
+    watchdog = Watchdog(config.watchdog_seconds)
+    stopping = Stop() if hosts.count == 1 else SharedStop()
+    with contextlib.closing(checkpoints), contextlib.closing(watchdog), stopping as stop:
+        return _Loop(task, config, run, layout, report, checkpoints, stop, watchdog, hosts).run()
 
 
 class _Loop:
@@ -131,21 +78,26 @@ class _Loop:
         report: Reporter,
         checkpoints: Checkpoints,
         stop: Stop | SharedStop,
+        watchdog: Watchdog,
         hosts: Hosts,
     ) -> None:
         self.task, self.config, self.run_folder, self.report, self.hosts = task, config, run, report, hosts
-        self.layout, self.checkpoints, self.stop = layout, checkpoints, stop
+        self.layout, self.checkpoints, self.stop, self.watchdog = layout, checkpoints, stop, watchdog
         optimizer = make_optimizer(config.optimizer, config.steps, task.width)
         step = training_step(
             loss=task.loss,
             optimizer=optimizer,
             seed=config.seed,
             micro_batches=config.parallel.gradient_accumulation,
+            spikes=config.optimizer.skip_spikes,
         )
         self.step_program = layout.compile(step, scalars=1, donate=True)
         self.evaluation_program = layout.compile(evaluation_step(task.evaluation_sums))
         self.write = metrics_writer(run, config.tensorboard)
-        self.initial_state = functools.partial(initial_state, task, optimizer, config.seed)
+        self.initial_state = functools.partial(
+            initial_state, task, optimizer, config.seed, config.optimizer.skip_spikes
+        )
+        self.skipped = Skipped(config.optimizer.max_skipped)
         self.initial_frozen = lambda: task.init(jax.random.key(config.seed))[1]
         self.evaluation: dict[str, float] = {}
         self.evaluated = -1  # the step `evaluation` was measured at
@@ -160,15 +112,18 @@ class _Loop:
     def run(self) -> Outcome:
         config, state = self.config, self._start()
         step = int(state.step)
-        if step >= config.steps:
+        if step > config.steps or step == config.steps == self.evaluated:
             self.report.say(f"nothing left to do: the run has its {step:,} steps; a greater --steps goes on")
             return Outcome(step, self.evaluation, interrupted=False)
         if self._out_of_patience():
             self.report.say("nothing left to do: the run no longer got better; a greater --patience goes on")
             return Outcome(step, self.evaluation, interrupted=False)
-        if not step:
-            self._evaluate(state, step)
+        if step < config.steps and step % config.eval_interval == 0 and self.evaluated != step:
+            self._evaluate(state, step)  # at the start, or where a signal ended it before it was done
+            if step and self.evaluated == step:
+                self._save(state, step)
         pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._under_way(step)
         self.last_settled = time.monotonic()
 
         for batch in self.task.batches(step, config.steps, self.layout.share):
@@ -192,28 +147,38 @@ class _Loop:
             name = self.metric.removeprefix("eval/")
             self.report.say(f"no better held-out {name} in {self.fruitless} evaluations: this is the end")
         elif self.stop.requested and step < config.steps:
-            if step not in self.checkpoints.steps:
-                self._save(state, step)
-            self.checkpoints.wait()
-            self.run_folder.draw_curves()
-            return Outcome(step, self.evaluation, interrupted=True)
-        self._finish(state, step)
-        return Outcome(step, self.evaluation, interrupted=False)
+            return self._interrupted(state, step)
+        return self._finish(state, step)
+
+    def _interrupted(self, state: TrainState, step: int) -> Outcome:
+        """Save what there is, if that is not done, and leave."""
+        if step not in self.checkpoints.steps:
+            self._save(state, step)
+        self.checkpoints.wait()
+        self.run_folder.draw_curves()
+        return Outcome(step, self.evaluation, interrupted=True)
 
     def _start(self) -> TrainState:
-        """The newest checkpoint, or the initial state."""
+        """The newest checkpoint, or the newest that is whole; or the initial state."""
         latest = self.checkpoints.latest_step
-        self.run_folder.rewind(-1 if latest is None else latest)
         if latest is None:
+            self.run_folder.rewind(-1)
             return self.layout.initial(self.initial_state)
         shapes = jax.eval_shape(lambda: _trees(self.initial_state()))
-        trees, extra = self.checkpoints.restore(latest, shapes, self.layout.shardings(shapes))
+        if self.config.resume == "latest-good":
+            latest, trees, extra = self.checkpoints.restore_good(shapes, self.layout.shardings(shapes))
+        else:
+            trees, extra = self.checkpoints.restore(latest, shapes, self.layout.shardings(shapes))
+        for line in self.checkpoints.left_out:
+            self.report.say(line)
+        self.run_folder.rewind(latest)
         self.started -= extra["seconds"]
         self.evaluation, self.evaluated = extra["evaluation"], extra["evaluated"]
         self.best, self.fruitless = extra["best"], extra["fruitless"]
+        self.skipped.total, self.skipped.in_a_row = extra.get("skipped", (0, 0))
         self.report.say(f"resuming at step {latest:,}")
         step, frozen = self.layout.initial(lambda: (jnp.asarray(latest, jnp.int32), self.initial_frozen()))
-        return TrainState(step, trees["parameters"], trees["optimizer"], frozen)
+        return TrainState(step, trees["parameters"], trees["optimizer"], frozen, trees.get("recent", ()))
 
     @property
     def seconds(self) -> float:
@@ -232,37 +197,59 @@ class _Loop:
     def _out_of_patience(self) -> bool:
         return self.config.patience is not None and self.fruitless >= self.config.patience
 
+    def _under_way(self, step: int) -> None:
+        """Tell the watchdog that the step after `step` is all that there is to wait for."""
+        self.watchdog.doing(f"step {step + 1} (jaxgpt inspect {self.run_folder.path} --batch {step} shows its data)")
+
     def _settle(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Read the metrics of a finished step, stop if they are not finite, log them."""
+        """Read the metrics of a finished step, log them; stop if too many in a row were skipped, or a save failed."""
         loss, norm, tokens = (float(metrics[name]) for name in ("loss", "gradient_norm", "tokens"))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-            kept = self.checkpoints.latest_step
-            where = "no checkpoint had been saved yet" if kept is None else f"the last good checkpoint is step {kept}"
-            raise FloatingPointError(f"{what} at step {step}: stopped; {where}")
+        skipped = bool(metrics["skipped"])
+        self._under_way(step)
+        self.checkpoints.check()
+        self.skipped.count(skipped)
         now = time.monotonic()
         self.unlogged_seconds += now - self.last_settled
         self.unlogged_tokens += tokens
         self.last_settled = now
-        self.report.step(step, loss, self.unlogged_tokens / self.unlogged_seconds, self._position(step))
-        if step <= FIRST_STEPS or step % self.config.log_interval == 0 or step == self.config.steps:
-            rate = self.unlogged_tokens / self.unlogged_seconds
-            self.write(
-                {"step": step, "train/loss": loss, "gradient_norm": norm, f"{self.task.unit}_per_second": rate}
-                | {"seconds": self.seconds}
-            )
+        rate = self.unlogged_tokens / self.unlogged_seconds
+        self.report.step(step, loss, rate, self._position(step))
+        figures = {"train/loss": loss, "gradient_norm": norm}
+        if skipped:
+            figures = {name: value for name, value in figures.items() if math.isfinite(value)}
+            self.write({"step": step, "skipped": self.skipped.total} | figures | {"seconds": self.seconds})
+            self._skip(step, reason(loss, norm))
+        elif step <= FIRST_STEPS or step % self.config.log_interval == 0 or step == self.config.steps:
+            self.write({"step": step} | figures | {f"{self.task.unit}_per_second": rate, "seconds": self.seconds})
             self.unlogged_tokens, self.unlogged_seconds = 0.0, 0.0
+
+    def _skip(self, step: int, why: str) -> None:
+        """Say that a step was left out, once for several in a row, and end the run at the last that may be."""
+        if self.skipped.in_a_row == 1:
+            self.report.say(f"step {step:,} is left out: {why}")
+        if self.skipped.in_a_row >= self.skipped.limit:
+            kept = self.checkpoints.latest_step
+            where = "no checkpoint had been saved yet" if kept is None else f"the last good checkpoint is step {kept}"
+            raise FloatingPointError(
+                f"{why} at step {step}, the last of {self.skipped.in_a_row} in a row that were left out: "
+                f"stopped; {where}"
+            )
 
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
         if step % self.config.eval_interval == 0:
             self._evaluate(state, step)
-        self._save(state, step)
+        if not self.skipped.in_a_row:  # else the state may be what is wrong, and take a good one's place
+            self._save(state, step)
+        self._under_way(step)
         self.last_settled = time.monotonic()
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        """Measure the whole held-out split, and log it."""
+        """Measure the whole held-out split, and log it; nothing if a signal comes before that is done."""
         start = time.monotonic()
-        self.evaluation, self.evaluated = self._measure(state.model), step
+        measurement = self._measure(state.model, f"the evaluation after step {step}", self.stop)
+        if measurement is None:
+            return
+        self.evaluation, self.evaluated = measurement, step
         measured = self.sign * self.evaluation[self.metric]
         self.best, self.fruitless = min(self.best, measured), 0 if measured < self.best else self.fruitless + 1
         self.evaluation_seconds = min(self.evaluation_seconds, time.monotonic() - start)
@@ -270,28 +257,40 @@ class _Loop:
         self.report.evaluation(step, self.evaluation)
         self.run_folder.draw_curves()
 
-    def _measure(self, parameters: Parameters) -> dict[str, float]:
+    def _measure(
+        self, parameters: Parameters, what: str, stop: Stop | SharedStop | None = None
+    ) -> dict[str, float] | None:
         program, place = self.evaluation_program, self.layout.place
         # Read one by one: with all of them under way at once, simulated devices can wait for each other for ever.
         totals: list[np.ndarray] = []
-        for batch in self.task.evaluation_batches(self.layout.share):
+        for number, batch in enumerate(self.task.evaluation_batches(self.layout.share)):
+            if stop is not None and stop.requested:
+                return None
+            self.watchdog.doing(f"batch {number} of {what}")
             sums = [np.asarray(part, np.float64) for part in jax.device_get(program(parameters, place(batch)))]
             totals = [np.asarray(x + part) for x, part in zip(totals, sums, strict=True)] if totals else sums
+        self.watchdog.rest()  # what a task makes of them takes its time
         return self.hosts.of_first(self.task.evaluation_metrics(totals, parameters))  # what they decode may differ
 
     def _save(self, state: TrainState, step: int) -> None:
-        metrics = {self.metric: self.evaluation[self.metric]} if self.evaluated == step else None
+        measured = self.evaluation.get(self.metric, math.nan) if self.evaluated == step else math.nan
+        metrics = {self.metric: measured} if math.isfinite(measured) else None
         extra = {"seconds": self.seconds, "evaluation": self.evaluation, "evaluated": self.evaluated}
         extra |= {"best": self.best, "fruitless": self.fruitless}
+        extra |= {"skipped": [self.skipped.total, self.skipped.in_a_row]}
         self.checkpoints.save(step, _trees(state), metrics=metrics, extra=extra)
 
-    def _finish(self, state: TrainState, step: int) -> None:
+    def _finish(self, state: TrainState, step: int) -> Outcome:
         """Evaluate, save, show a sample."""
-        if self.evaluated != step:
+        measured = self.evaluated == step
+        if not measured:
             self._evaluate(state, step)
-        if step not in self.checkpoints.steps:
+            if self.evaluated != step:
+                return self._interrupted(state, step)
+        if not measured or step not in self.checkpoints.steps:
             self._save(state, step)
         parameters = self._average(state, step) if self.config.average > 1 else state.model
+        self.watchdog.rest()
         self.report.finish()
         pieces = self.task.sample(parameters)
         first = next(pieces, None)
@@ -299,50 +298,30 @@ class _Loop:
             self.report.say("\na sample:")
             self.run_folder.add_sample(step, self.report.stream(itertools.chain([first], pieces)))
         self.checkpoints.wait()
+        return Outcome(step, self.evaluation, interrupted=False)
 
     def _average(self, state: TrainState, step: int) -> Parameters:
         """The mean of the newest checkpoints' parameters, measured and logged as `average/...`."""
         shapes = jax.eval_shape(lambda: self.initial_state().parameters)
         mean, count = self.checkpoints.restore_average(self.config.average, shapes, self.layout.shardings(shapes))
         parameters = combine(mean, state.frozen)
-        measured = self._measure(parameters)
+        measured = self._measure(parameters, "the evaluation of the mean")
+        assert measured is not None
         named = {name.replace("eval/", "average/"): value for name, value in measured.items()}
         self.write({"step": step, "average/checkpoints": count} | named)
         self.report.say(f"mean of the last {count} checkpoints  {describe_evaluation(measured)}")
         return parameters
 
 
-def initial_state(task: Task, optimizer: Any, seed: int) -> TrainState:
+def initial_state(task: Task, optimizer: Any, seed: int, spikes: float | None = None) -> TrainState:
     """Step 0: parameters from the seed, the optimiser's empty state."""
     parameters, frozen = task.init(jax.random.key(seed))
     # Compiled as one program: leaf by leaf takes ten times as long.
-    return TrainState(jnp.zeros((), jnp.int32), parameters, jax.jit(optimizer.init)(parameters), frozen)
+    optimizer_state = jax.jit(optimizer.init)(parameters)
+    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer_state, frozen, no_steps(spikes))
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds; parameters apart, so that a model can be loaded without its optimiser."""
-    return {"parameters": state.parameters, "optimizer": state.optimizer_state}
-
-
-def metrics_writer(run: RunFolder, tensorboard: bool) -> Callable[[dict[str, Any]], None]:
-    """Where metrics go: metrics.jsonl always, TensorBoard events on request.
-
-    Raises:
-        ValueError: TensorBoard was asked for and tensorboardX is not installed.
-    """
-    if not (tensorboard and run.writes):
-        return run.log
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ValueError("tensorboard needs the extra: pip install 'jaxgpt[tensorboard]'") from error
-    events = SummaryWriter(str(run.path / "tensorboard"))
-
-    def write(values: dict[str, Any]) -> None:
-        run.log(values)
-        for name, value in values.items():
-            if name != "step":
-                events.add_scalar(name, value, values["step"])
-        events.flush()
-
-    return write
+    recent = {"recent": state.recent} if state.recent else {}
+    return {"parameters": state.parameters, "optimizer": state.optimizer_state} | recent

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from jaxgpt.storage.runs import RunFolder
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -111,3 +113,27 @@ def make_reporter(quiet: bool) -> Reporter:
     if quiet:
         return Reporter()
     return TerminalReporter() if sys.stdout.isatty() else PlainReporter()
+
+
+def metrics_writer(run: RunFolder, tensorboard: bool) -> Callable[[dict[str, Any]], None]:
+    """Where metrics go: metrics.jsonl always, TensorBoard events on request.
+
+    Raises:
+        ValueError: TensorBoard was asked for and tensorboardX is not installed.
+    """
+    if not (tensorboard and run.writes):
+        return run.log
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard needs the extra: pip install 'jaxgpt[tensorboard]'") from error
+    events = SummaryWriter(str(run.path / "tensorboard"))
+
+    def write(values: dict[str, Any]) -> None:
+        run.log(values)
+        for name, value in values.items():
+            if name != "step":
+                events.add_scalar(name, value, values["step"])
+        events.flush()
+
+    return write

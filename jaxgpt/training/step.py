@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxgpt.models.partition import combine
 from jaxgpt.training.optimizer import global_norm
+from jaxgpt.training.skipping import is_good, remember
 
 Parameters = Any
 Batch = Mapping[str, Array]
@@ -36,6 +37,8 @@ class TrainState:
     optimizer_state: optax.OptState
     frozen: Parameters = flax.struct.field(default_factory=dict)
     """those that stay as they are, often none: see `models.partition`"""
+    recent: Any = ()
+    """what loss spikes are measured against, nothing where they are not looked for: see `training.skipping`"""
 
     @property
     def model(self) -> Parameters:
@@ -101,11 +104,16 @@ class Step:
 
 
 def training_step(
-    *, loss: Loss, optimizer: optax.GradientTransformationExtraArgs, seed: int, micro_batches: int = 1
+    *,
+    loss: Loss,
+    optimizer: optax.GradientTransformationExtraArgs,
+    seed: int,
+    micro_batches: int = 1,
+    spikes: float | None = None,
 ) -> Step:
     """`train_step` in its two parts."""
     sums = functools.partial(gradient_sums, loss=loss, seed=seed, micro_batches=micro_batches)
-    return Step(sums, functools.partial(update, optimizer=optimizer), without_optimizer)
+    return Step(sums, functools.partial(update, optimizer=optimizer, spikes=spikes), without_optimizer)
 
 
 def evaluation_step(sums: EvaluationSums) -> Step:
@@ -132,7 +140,8 @@ def update(
     position: Float[Array, ""],
     *,
     optimizer: optax.GradientTransformationExtraArgs,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    spikes: float | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
     """The state after a step, and its metrics, from the sums over the global batch (see `train_step`)."""
     total, weight, gradients = sums
     # The norm of the sums, divided: that of the quotients would need them all written to memory first.
@@ -142,9 +151,13 @@ def update(
     updates, optimizer_state = optimizer.update(
         gradients, state.optimizer_state, state.parameters, position=position, norm=norm
     )
-    parameters = optax.apply_updates(state.parameters, updates)
-    metrics = {"loss": total / weight, "gradient_norm": norm, "tokens": weight}
-    return TrainState(state.step + 1, parameters, optimizer_state, state.frozen), metrics
+    mean = total / weight
+    good = is_good(state.recent, mean, norm, spikes)
+    before = (state.parameters, state.optimizer_state, state.recent)
+    after = (optax.apply_updates(state.parameters, updates), optimizer_state, remember(state.recent, mean, norm))
+    parameters, optimizer_state, recent = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+    metrics = {"loss": mean, "gradient_norm": norm, "tokens": weight, "skipped": ~good}
+    return TrainState(state.step + 1, parameters, optimizer_state, state.frozen, recent), metrics
 
 
 def train_step(
@@ -156,22 +169,27 @@ def train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     seed: int,
     micro_batches: int = 1,
+    spikes: float | None = None,
     reduce: Reduce = identity,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimiser step on one global batch.
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimiser step on one global batch, or none: where loss or gradient is not good, all stays but the count.
+
+    The decision is part of the program, as the state before is gone when the host could see the loss. What stays, stays
+    bit for bit (see `training.skipping`).
 
     Args:
         state: parameters, optimiser state and step before.
         batch: this device's rows; `batch["row"]` is each row's place in the global batch.
         position: where in the schedule this step stands, in steps.
         loss: the task's, see `Loss`.
+        spikes: standard deviations that make a spike (None: any finite loss is good).
         reduce: adds a tree up over the devices (`psum` under pmap).
 
     Returns:
         The state after, and the metrics of this step: `loss` (mean over the weights, nats), `gradient_norm` (before
-        clipping) and `tokens` (the sum of the weights).
+        clipping), `tokens` (the sum of the weights) and `skipped`, whether the step was not taken.
     """
-    step = training_step(loss=loss, optimizer=optimizer, seed=seed, micro_batches=micro_batches)
+    step = training_step(loss=loss, optimizer=optimizer, seed=seed, micro_batches=micro_batches, spikes=spikes)
     return step(state, batch, position, reduce=reduce)
 
 
