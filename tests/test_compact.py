@@ -13,7 +13,7 @@ from jaxgpt.models.blocks import compact_parameters
 from jaxgpt.models.compact import FEW_ROWS, compact, compact_product, take_rows, upcast
 from jaxgpt.models.gpt import GPT, decode_step, next_token_logits, prefill
 
-CONFIG = GPTConfig(vocab_size=40, context=8, layers=2, heads=2, width=12, unroll=1, init_std=0.3)
+CONFIG = GPTConfig(vocab_size=40, context=8, layers=1, heads=2, width=12, unroll=1, init_std=0.3)
 STEP = {"int8": 0.5 / 127, "bfloat16": 2**-8}  # of rounding, of a row's largest weight
 
 
@@ -46,8 +46,7 @@ def test_a_weight_that_is_no_number_is_not_lost(weights):
     assert np.isnan(product[0]).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("weights", "tied"), [("int8", True), ("bfloat16", False)])
 def test_a_compact_model_is_near_the_model_and_its_steps_are_its_whole(weights, tied):
     config = dataclasses.replace(CONFIG, tied_head=tied)
     parameters = random_parameters(config, 0)
