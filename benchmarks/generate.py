@@ -30,12 +30,10 @@ from jaxgpt.arguments import parse
 from jaxgpt.config import GenerationConfig, GPTConfig, Weights, gpt_size, require
 from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from jaxgpt.environment import keep_freed_memory
+from jaxgpt.generation.decode import guess
 from jaxgpt.models.blocks import compact_parameters
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.training.metrics import count_parameters
-
-# With the usual 0.02 a random model says the last token again and again, whose agreement would show nothing.
-INIT_STD = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,10 @@ class Options:
     """prompts at once, one number or several"""
     prompt_tokens: int = 64
     """tokens of each prompt"""
+    repeat: int = 0
+    """let each prompt be so many random tokens, again and again: text that repeats itself (0: all random)"""
+    init_std: float = 0.1
+    """of the weights; with the usual 0.02 a model says the last token again and again, and agreement shows nothing"""
     new_tokens: int = 64
     """tokens made for each"""
     rounds: int = 5
@@ -71,13 +73,15 @@ class Options:
             require(value >= 1, f"{option} is {value}; it must be at least 1")
         require(bool(self.batch) and min(self.batch) >= 1, f"batch is {self.batch}; each must be at least 1")
         require(self.vocab_size >= 2, f"vocab-size is {self.vocab_size}; it must be at least 2")
+        require(self.repeat >= 0, f"repeat is {self.repeat}; it must be at least 0")
+        require(self.init_std > 0, f"init-std is {self.init_std}; it must be positive")
         require(self.lookup >= 0, f"lookup is {self.lookup}; it must be at least 0")
         require(0 <= self.seed < 2**31, f"seed is {self.seed}; it must be in [0, 2**31)")
 
 
 def configure(options: Options) -> GPTConfig:
     """The model's shape; it must have room for the text."""
-    config = gpt_size(options.size, vocab_size=options.vocab_size, init_std=INIT_STD)
+    config = gpt_size(options.size, vocab_size=options.vocab_size, init_std=options.init_std)
     wanted = options.prompt_tokens + options.new_tokens
     require(wanted <= config.context, f"{wanted} tokens do not fit the context of {config.context}")
     return config
@@ -111,14 +115,14 @@ def generators(config: GPTConfig, options: Options) -> tuple[dict[str, Generator
         folder = Path(temporary) / "model"
         if options.vs:
             export(model, folder)
-        found = {
-            f"ours, {name}": our_generator(replace(model, parameters=compact_parameters(model.parameters, name)))
-            for name in options.weights
-        }
-        model = replace(model, parameters=model.decoding_parameters)  # the other layout has served
-        found = {"ours": our_generator(model)} | found
+        models = {"ours": replace(model, parameters=model.decoding_parameters)}
+        for name in options.weights:
+            models[f"ours, {name}"] = replace(model, parameters=compact_parameters(model.parameters, name))
+        del model  # the other layout has served
+        found = {name: our_generator(one) for name, one in models.items()}
         if options.lookup:
-            found[f"ours, lookup {options.lookup}"] = our_generator(model, options.lookup)
+            ahead = f", lookup {options.lookup}"
+            found |= {name + ahead: our_generator(one, options.lookup) for name, one in models.items()}
         if "hf" in options.vs:
             found["hf"] = hf_generator(folder)
         if "ctranslate2" in options.vs:
@@ -128,8 +132,9 @@ def generators(config: GPTConfig, options: Options) -> tuple[dict[str, Generator
 
 def measure(found: dict[str, Generator], batch: int, options: Options) -> dict[str, Any]:
     """Time everyone on one batch, in turn."""
-    shape, new = (batch, options.prompt_tokens), options.new_tokens
-    prompts = np.random.default_rng([options.seed, batch]).integers(0, options.vocab_size, shape)
+    new, period = options.new_tokens, options.repeat or options.prompt_tokens
+    drawn = np.random.default_rng([options.seed, batch]).integers(0, options.vocab_size, (batch, period))
+    prompts = np.resize(drawn.T, (options.prompt_tokens, batch)).T
     made = {}
     for name, generate in found.items():  # compiles, too
         generate(prompts, 1)
@@ -155,32 +160,50 @@ def measure(found: dict[str, Generator], batch: int, options: Options) -> dict[s
                 ),
                 "agreement": agreement(made["ours"], made[name]),
             }
+    for name in found:
+        if "lookup" in name:
+            results[name]["tokens_per_step"] = new / _steps(made[name], prompts, options.lookup)
     distinct = statistics.mean(len(set(row)) for row in made["ours"])
     return {"batch": batch, "distinct_tokens_per_text": distinct, "results": results}
+
+
+def _steps(made: list[list[int]], prompts: np.ndarray, lookup: int) -> int:
+    """How many steps it takes to make these texts together with so many tokens guessed ahead."""
+    places, steps = [1] * len(made), 1  # the first comes with the prompt
+    while any(place < len(text) for place, text in zip(places, made, strict=True)):
+        for row, text in enumerate(made):
+            ahead = guess([*prompts[row].tolist(), *text[: places[row]]], lookup)
+            rest = text[places[row] :]
+            right = next((n for n, (a, b) in enumerate(zip(ahead, rest, strict=False)) if a != b), lookup)
+            places[row] += right + 1
+        steps += 1
+    return steps
 
 
 def table(options: Options, result: dict[str, Any]) -> str:
     """The result for people."""
     about = result["environment"]
+    period = f" ({options.repeat} again and again)" if options.repeat else ""
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("jax", *_packages(options)))
     lines = [
         ("model", f"{options.size}: {result['parameters'] / 1e6:.2f}M random parameters, float32"),
-        ("task", f"{options.prompt_tokens} random prompt tokens, {options.new_tokens} new ones, greedy"),
+        ("task", f"{options.prompt_tokens} random prompt tokens{period}, {options.new_tokens} new ones, greedy"),
         ("machine", f"{about['processor']}, {about['cores']} cores; {versions}; {about['date']}"),
         ("figures", f"median (least to greatest) of {options.rounds} rounds in turn; tokens/s with the prompt's time"),
         ("ratio", "ours over theirs, median of the rounds' ratios; above 1 is faster"),
     ]
     for measured in result["batches"]:
         head = f"{'tokens/s':<31}{'first token, ms':<31}{'ratio':<8}{'of first':<10}same tokens"
-        lines += [("", ""), (f"batch {measured['batch']}", f"{'':<21}{head}")]
+        lines += [("", ""), (f"batch {measured['batch']}", f"{'':<24}{head}")]
         for name, row in measured["results"].items():
             rate, first = spelled(row["tokens_per_second"]), spelled(row["first_token_seconds"], 1e3)
-            text = f"{name:<21}{rate:<31}{first:<31}"
+            text = f"{name:<24}{rate:<31}{first:<31}"
             if "ratio" in row:
                 ratio, of_first, same = row["ratio"]["median"], row["first_token_ratio"], row["agreement"]
                 place = same["first_difference"]
                 text += f"{ratio:<8.2f}{of_first:<10.2f}{same['equal_tokens']:.1%}"
                 text += "" if place is None else f", first other one at {place + 1}"
+            text += f", {row['tokens_per_step']:.1f} tokens a step" if "tokens_per_step" in row else ""
             lines.append(("", text.rstrip()))
     return "\n".join(f"{name:<11}{value}".rstrip() for name, value in lines)
 

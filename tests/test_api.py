@@ -153,3 +153,14 @@ def test_bfloat16_on_request(model, tmp_path):
 
 def test_what_is_printed_of_a_model_is_short(model):
     assert len(repr(model)) < 1000 and "257 tokens" in repr(model)
+
+
+def test_weights_in_fewer_bits_are_used_and_not_exported(model, tmp_path):
+    api.export(model, tmp_path / "out")
+    small = api.load(tmp_path / "out", weights="int8", draft=tmp_path / "out")
+    assert small.parameters["token_embedding"]["compact"].dtype == jnp.int8 and "blocks" not in small.parameters
+    drawn = small.generate("ab", max_new_tokens=4, seed=2).tokens
+    alone = dataclasses.replace(small, draft=None).generate("ab", max_new_tokens=4, seed=2)
+    assert drawn == alone.tokens
+    with pytest.raises(ValueError, match="laid out for decoding"):
+        api.export(small, tmp_path / "again")

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_decode import random_parameters
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.models.blocks import compact_parameters
 from jaxgpt.models.compact import FEW_ROWS, compact, compact_product, take_rows, upcast
-from jaxgpt.models.gpt import GPT, decode_step, init_parameters, next_token_logits, prefill
+from jaxgpt.models.gpt import GPT, decode_step, next_token_logits, prefill
 
-CONFIG = GPTConfig(vocab_size=40, context=8, layers=2, heads=2, width=12, unroll=1, init_std=0.3)
+CONFIG = GPTConfig(vocab_size=40, context=8, layers=1, heads=2, width=12, unroll=1, init_std=0.3)
 STEP = {"int8": 0.5 / 127, "bfloat16": 2**-8}  # of rounding, of a row's largest weight
 
 
@@ -45,18 +46,18 @@ def test_a_weight_that_is_no_number_is_not_lost(weights):
     assert np.isnan(product[0]).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("weights", "tied"), [("int8", True), ("bfloat16", False)])
 def test_a_compact_model_is_near_the_model_and_its_steps_are_its_whole(weights, tied):
     config = dataclasses.replace(CONFIG, tied_head=tied)
-    parameters = init_parameters(config, jax.random.key(0))
+    parameters = random_parameters(config, 0)
     small = compact_parameters(parameters, weights)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (small["block_0"], parameters["blocks"])]
     assert sizes[0] * 2 < sizes[1] * 3  # columns filled up to 32 included
     tokens = jnp.array(np.random.default_rng(0).integers(0, 40, (2, 6)), jnp.int32)
-    logits = [next_token_logits(config, p, GPT(config).apply({"params": p}, tokens)[0]) for p in (small, parameters)]
+    whole = jax.jit(lambda p: next_token_logits(config, p, GPT(config).apply({"params": p}, tokens)[0]))
+    logits = [whole(small), whole(parameters)]
     apart = float(jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[1]))
     assert 1e-6 < apart < 0.05, apart
-    first, cache = prefill(config, small, tokens[:, :3], jnp.array([3, 3]), 8)
-    after, _ = decode_step(config, small, tokens[:, 3:], cache)
+    first, cache = jax.jit(prefill, static_argnums=(0, 4))(config, small, tokens[:, :3], jnp.array([3, 3]), 8)
+    after, _ = jax.jit(decode_step, static_argnums=0)(config, small, tokens[:, 3:], cache)
     np.testing.assert_allclose(jnp.concatenate([first[:, None], after], axis=1), logits[0][:, 2:], atol=1e-4)
