@@ -148,7 +148,10 @@ def _rows(path: Path) -> Iterator[list[str]]:
     with path.open("rb") as file:
         lines = decode_lines(file, str(path))
         if delimiter == ",":
-            yield from csv.reader(line + "\n" for line in lines)
+            try:
+                yield from csv.reader(line + "\n" for line in lines)
+            except csv.Error as error:
+                raise ValueError(f"{path} is not CSV: {error}") from error
         else:
             yield from (line.split("\t") for line in lines if line)
 

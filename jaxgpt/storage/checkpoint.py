@@ -136,6 +136,9 @@ class Checkpoints:
         """Step of the checkpoint that measured best; without any, the newest; None if there is none."""
         self.wait()
         measured = [c for c in self._checkpointer.checkpoints if c.metrics and self._metric in c.metrics]
+        for checkpoint in measured:
+            if not isinstance(checkpoint.metrics[self._metric], (int, float)):
+                raise DamagedCheckpointError(f"the checkpoint {self.folder / str(checkpoint.step)} has damaged metrics")
         if measured:
             sign = -1.0 if self._highest else 1.0
             return min(measured, key=lambda c: sign * c.metrics[self._metric]).step
