@@ -78,9 +78,12 @@ def main() -> int:
                 elif line.startswith("COUNTS"):
                     counts.update(json.loads(line.removeprefix("COUNTS ").rpartition(" ")[0]))
             if done.returncode:
-                print(f"FOUND the process ended with {done.returncode} at {state.read_text()}\n{done.stderr[-1500:]}")
+                where = state.read_text() if state.exists() else "its start"
+                print(f"FOUND the process ended with {done.returncode} at {where}\n{done.stderr[-1500:]}", flush=True)
                 found += 1
-                seed = int(state.read_text().rpartition(" ")[2])
+                if where.partition(" --seed ")[0] not in READERS:  # it has not come to reading
+                    break
+                seed = int(where.rpartition(" ")[2])
             seed += 1
     for name in names:
         parts = ", ".join(f"{counts[f'{name}: {how}']:,} {how}" for how in ("refused", "read", "crashed"))
