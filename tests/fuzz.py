@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
-import random
 import resource
 import subprocess
 import sys
@@ -37,7 +36,7 @@ def _child(names: list[str], first: int, seconds: float, state: Path) -> int:
         state.write_text(f"{name} --seed {number}")
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        finding, outcome = targets[name].attempt(random.Random(number))
+        finding, outcome = targets[name].attempt_numbered(number)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         if grown > MEGABYTES:
             finding = finding or f"took {grown:,.0f} MB"

@@ -339,15 +339,21 @@ class Target:
         if error is not None:
             raise AssertionError(f"{name}: valid files are refused: {error!r}") from error
 
-    def attempt(self, rng: random.Random) -> tuple[str | None, str]:
-        """Change a file and read. Returns a finding, if it is one, and what happened."""
+    def attempt_numbered(self, number: int) -> tuple[str | None, str]:
+        """Change a file, or take it away, and read. Returns a finding, if it is one, and what happened."""
+        rng = random.Random(number)
         name = rng.choice(self._changeable)
         content: bytes | None = mutate(self._files[name][0], rng, name)
         if self.reader.repair:
             content = with_checksum(content)
-        if rng.random() < 0.02:
-            content = None  # it is gone
-        return self._judge(*self._read({name: content}), name)
+        return self._attempt(name, None if rng.random() < 0.02 else content)
+
+    def attempt_with(self, content: bytes) -> tuple[str | None, str]:
+        """Put something else in the place of the first file, and read. Returns as `attempt_numbered`."""
+        return self._attempt(self._changeable[0], content)
+
+    def _attempt(self, name: str, content: bytes | None) -> tuple[str | None, str]:
+        return self.judge(*self._read({name: content}), name)
 
     def _read(self, changed: dict[str, bytes | None]) -> tuple[Any, BaseException | None]:
         shutil.rmtree(self._folder)
@@ -367,7 +373,8 @@ class Target:
         except BaseException as error:
             return None, error
 
-    def _judge(self, value: Any, error: BaseException | None, name: str) -> tuple[str | None, str]:
+    def judge(self, value: Any, error: BaseException | None, name: str) -> tuple[str | None, str]:
+        """Whether what was read, or the error, is a finding, and what happened."""
         if error is None:
             if self.reader.exact and value != self._expected:
                 return f"{name}: something else was read than was written", "read"
