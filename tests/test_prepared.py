@@ -111,7 +111,7 @@ def test_a_start_does_what_is_missing_and_nothing_twice(tmp_path, seed):
     assert files_of(folder) == files_of(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("name", ["records-00001.npy", "shard-00001.json", "train-00001.npy"])
+@pytest.mark.parametrize("name", ["records-00001", "shard-00001.json", "train-00001.npy"])
 def test_what_is_damaged_or_gone_is_done_again(tmp_path, name):
     data, folder = config([write_texts(tmp_path)]), tmp_path / "out"
     prepare_folder(data, tmp_path / "unbroken", here, shard_bytes=400)

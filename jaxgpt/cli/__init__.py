@@ -23,6 +23,7 @@ from jaxgpt.cli.translation import translate
 from jaxgpt.cli.tuned import chat, classify
 from jaxgpt.config import BAD_INPUT, suggestion
 
+LONGEST = 500  # characters of an error's line
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "prepare": prepare,
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"jaxgpt: {_one_line(error)}", file=sys.stderr)
+        print(f"jaxgpt: {shown(error)}", file=sys.stderr)
         return 2 if isinstance(error, BAD_INPUT) else 1
 
 
@@ -92,8 +93,11 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def shown(error: Exception) -> str:
+    """An error as one line, which a damaged file cannot make long, nor steer a terminal with."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 2 // 3]} [...] {text[-LONGEST // 3 :]}"
     if isinstance(error, (*BAD_INPUT, OSError, FloatingPointError)) and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

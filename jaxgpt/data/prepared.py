@@ -195,12 +195,14 @@ def _decide(works: list[Work], share: float) -> Split:
 def _settle(
     folder: Path, config: DataConfig, corpus: Corpus, split: Split, given: Tokenizer | None, say: Callable[[str], None]
 ) -> Tokenizer:
-    """The folder's tokenizer: the one given, or one made of the text, which a later start finds."""
-    path = folder / "tokenizer.json"
-    if given is None and path.is_file():
-        return load_tokenizer(path)
+    """The folder's tokenizer: the one given, or one made of the text, which a later start finds and checks."""
+    path, checked = folder / "tokenizer.json", folder / UNFINISHED / "tokenizer.sha256"
+    with contextlib.suppress(OSError):
+        if given is None and checked.read_bytes() == hashlib.sha256(path.read_bytes()).digest():
+            return load_tokenizer(path)
     tokenizer = given or make_tokenizer(config, corpus, split, say)
     tokenizer.save(path)
+    put(checked, lambda file: file.write(hashlib.sha256(path.read_bytes()).digest()))
     return tokenizer
 
 

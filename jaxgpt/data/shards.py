@@ -237,12 +237,7 @@ def _open_split(folder: Path, manifest: str, index: dict[str, Any], split: str) 
         name = entry["file"]
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise ValueError(f"{manifest} names a file {name!r} outside the folder")
-        # Mapped, and read where it is needed: the tokens need not fit into memory. `open_memmap` takes arrays only,
-        # where `np.load` would also open an archive.
-        try:
-            tokens = np.lib.format.open_memmap(folder / name, mode="r")
-        except (ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:  # by what is wrong in its header
-            raise ValueError(f"{name} is not an array of tokens") from error
+        tokens = open_array(folder / name)
         if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or len(tokens) != entry["tokens"]:
             raise ValueError(f"{name} does not have the shape it was written with")
         if zlib.crc32(tokens.data) != entry["crc32"]:
@@ -255,3 +250,16 @@ def _open_split(folder: Path, manifest: str, index: dict[str, Any], split: str) 
     if index.get("separated") == "after":  # each document; between them is what training reads
         shards[-1] = shards[-1][:-1]
     return TokenStream(tuple(shards), description["documents"], description["bytes"])
+
+
+def open_array(path: Path) -> np.memmap:
+    """Map an array of a file into memory, to be read where it is needed: it need not fit.
+
+    Raises:
+        OSError, ValueError: there is no such file, or it is no array.
+    """
+    # `open_memmap` takes arrays only, where `np.load` would also open an archive.
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, SyntaxError, tokenize.TokenError, OverflowError) as error:  # by what is wrong in its header
+        raise ValueError(f"{path.name} is not an array of tokens") from error

@@ -16,9 +16,11 @@ import numpy as np
 from jaxgpt.data.corpus import UNFINISHED
 from jaxgpt.data.encoding import shard
 from jaxgpt.data.parts import Part
+from jaxgpt.data.shards import manifest_checksum, open_array
 from jaxgpt.data.split import RECORD, Records, Split, record_documents
 from jaxgpt.data.tokenizer import load_tokenizer
 
+CRC_BYTES = 4
 SPLITS = {"train": False, "held_out": True}
 
 
@@ -35,7 +37,8 @@ class Work:
 def record(work: Work) -> int:
     """First pass over a part: a record of each of its documents. Returns the part's bytes."""
     records = record_documents(work.part)
-    _save(_records_path(work), records)
+    content = records.tobytes()
+    put(_records_path(work), lambda file: file.write(zlib.crc32(content).to_bytes(CRC_BYTES, "little") + content))
     return work.part.bytes
 
 
@@ -59,6 +62,7 @@ def tokenise(work: Work) -> int:
             file = f"{name}-{work.number:05d}.npy"
             _save(work.folder / file, tokens)
             receipt[name] |= {"file": file, "tokens": len(tokens), "crc32": zlib.crc32(tokens.data)}
+    receipt["crc32"] = manifest_checksum(receipt)
     put(_receipt_path(work), lambda file: file.write(json.dumps(receipt).encode()))
     return work.part.bytes
 
@@ -73,16 +77,18 @@ def _described(part: Part, records: Records, split: Split, held_out: bool) -> di
 
 
 def _records_path(work: Work) -> Path:
-    return work.folder / UNFINISHED / f"records-{work.number:05d}.npy"
+    return work.folder / UNFINISHED / f"records-{work.number:05d}"
 
 
 def read_records(work: Work) -> Records | None:
     """What the first pass has written about a part; None if it has not, or not whole."""
     try:
-        records = np.load(_records_path(work), allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        content = _records_path(work).read_bytes()
+    except OSError:
         return None
-    return records if isinstance(records, np.ndarray) and records.dtype == RECORD and records.ndim == 1 else None
+    checksum, content = content[:CRC_BYTES], content[CRC_BYTES:]
+    whole = checksum == zlib.crc32(content).to_bytes(CRC_BYTES, "little")
+    return np.frombuffer(content, RECORD) if whole else None
 
 
 def _receipt_path(work: Work) -> Path:
@@ -93,12 +99,14 @@ def read_receipt(work: Work) -> dict[str, Any] | None:
     """What the second pass says about a part; None if it was not there, or its shards are not what it says."""
     try:
         receipt: dict[str, Any] = json.loads(_receipt_path(work).read_bytes())
+        if receipt.pop("crc32") != manifest_checksum(receipt):
+            return None
         for name in SPLITS:
             if receipt[name]["documents"]:
-                tokens = np.lib.format.open_memmap(work.folder / receipt[name]["file"], mode="r")
+                tokens = open_array(work.folder / receipt[name]["file"])
                 if (len(tokens), zlib.crc32(tokens.data)) != (receipt[name]["tokens"], receipt[name]["crc32"]):
                     return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return receipt
 

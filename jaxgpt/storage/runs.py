@@ -99,7 +99,7 @@ class RunFolder:
         RunFolder.at(self.path)
         try:
             description = json.loads(self.config.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.config} is not valid JSON: {error}") from error
         if not isinstance(description, dict) or description.get("format") != FORMAT:
             raise ValueError(f"{self.config} is not of format {FORMAT}, the one this version reads")
@@ -126,17 +126,25 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl; a last line that a killed run left unfinished is left out."""
+        """Read metrics.jsonl; a last line that a killed run left unfinished is left out.
+
+        Raises:
+            ValueError: a line that is not UTF-8, not JSON, no object, or one without a step; its number is named.
+        """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text("utf-8").splitlines()
+        lines = self.metrics.read_bytes().splitlines()
         records = []
         for number, line in enumerate(lines, 1):
             try:
-                records.append(json.loads(line))
-            except ValueError as error:
+                record = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
                 if number < len(lines):
                     raise ValueError(f"{self.metrics}, line {number}, is not valid JSON: {error}") from error
+                continue
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise ValueError(f"{self.metrics}, line {number}, is not an object with a step")
+            records.append(record)
         return records
 
     def rewind(self, step: int) -> None:
@@ -184,7 +192,7 @@ class RunFolder:
 
 
 def _series(records: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
+    points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), float) and math.isfinite(r[name])]
     return [step for step, _ in points], [value for _, value in points]
 
 

@@ -92,7 +92,7 @@ def _files(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map of tensor names to file names")
     for name in sorted(set(shards.values())):
-        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+        if Path(name).name != name or "\\" in name or name in ("", ".", "..") or len(name) > 255:
             raise ValueError(f"{folder / INDEX} names the shard {name!r}, which is not the name of a file beside it")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, which {INDEX} names")
