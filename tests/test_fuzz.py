@@ -12,9 +12,10 @@ from readers import READERS, Target
 ROOT = Path(__file__).parents[1]
 SLOW = {"checkpoint", "run", "model", "unfinished"}
 # What runs code that it reads; spelled so that this file does not have it.
-CALLS = ["ev" "al(", "ex" "ec(", "torch." "load(", "yaml." "load(", "pickle." "load", "marshal." "load", "joblib." "load"]
+CALLS = ["eval(", "exec(", "torch.load(", "yaml.load("]
+CALLS += ["pickle.load", "marshal.load", "joblib.load"]
 FORBIDDEN = [rf"(?<![\w.]){re.escape(call)}" for call in CALLS]
-FORBIDDEN += [r"^\s*(import|from) (pickle|dill|cloudpickle|marshal|joblib|shelve)\b", "allow_pickle=" "True"]
+FORBIDDEN += [r"^\s*(import|from) (pickle|dill|cloudpickle|marshal|joblib|shelve)\b", "allow_pickle=True"]
 
 
 @pytest.fixture(scope="module")
