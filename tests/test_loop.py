@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.array import ArrayImpl
 
 from jaxgpt.config import OptimizerConfig, ParallelConfig, RunConfig
 from jaxgpt.storage.checkpoint import Checkpoints
@@ -161,6 +162,19 @@ def test_too_many_in_a_row_end_the_run_and_the_good_checkpoints_stay(tmp_path):
     with pytest.raises(FloatingPointError, match="at step 32, "):
         run(tmp_path, Regression(bad), checkpoint_interval=1)  # it is the same run again
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-2:] == [28, 29]
+
+
+def test_a_step_brings_nothing_to_the_host_but_its_metrics(tmp_path, monkeypatch):
+    """JAX's own guard does not see transfers on CPU; what every one of them reads is `_value`."""
+    read, value = [], ArrayImpl._value
+    monkeypatch.setattr(ArrayImpl, "_value", property(lambda array: (read.append(array.size), value.fget(array))[1]))
+    counts = []
+    for steps in (10, 20):
+        read.clear()
+        run(tmp_path / str(steps), Regression(), steps=steps, eval_interval=1000)
+        counts.append(len(read))
+        assert read.count(1) >= 4 * steps
+    assert counts[1] - counts[0] == 4 * 10  # loss, gradient norm, weight, and whether it was left out
 
 
 def test_without_spikes_a_checkpoint_holds_nothing_of_them(tmp_path):
