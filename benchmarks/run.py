@@ -24,6 +24,7 @@ from jaxgpt.arguments import parse
 from jaxgpt.config import require, suggestion
 
 HERE = Path(__file__).parent
+NOT_DRAWN = ("saving", "plan_memory")  # nobody to compare with
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def commands(options: Options) -> dict[str, list[str]]:
             "translate": ["translate.py", "--batch-size", "64", "--sentences", "16", "--rounds", "3", *one],
             "finetune": ["finetune.py", "--size", "tiny", "--rounds", "3", *one],
             "scaling": ["scaling.py", "--devices", "1", "2", "4", "--rounds", "3"],
+            "saving": ["saving.py", "shakespeare-char-cpu"],
+            "plan_memory": ["plan_memory.py", "--recipes", "shakespeare-char-cpu"],
         }
     else:
         suite = {
@@ -67,6 +70,8 @@ def commands(options: Options) -> dict[str, list[str]]:
             "translate": ["translate.py", "--rounds", "7", *one],
             "finetune": ["finetune.py", *one],
             "scaling": ["scaling.py"],
+            "saving": ["saving.py", *large[1:-2]],
+            "plan_memory": ["plan_memory.py"],
         }
     if options.data is not None:
         text, short = ["--data", options.data], options.form == "short"
@@ -150,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
         result = run(name, command, folder)
         if result is None:
             failed.append(name)
-        else:
+        elif name not in NOT_DRAWN:
             draw(name, result, folder / f"{name}.png")
     print(f"\n{len(suite) - len(failed)} of {len(suite)} measured; JSON and charts lie in {folder}")
     return 1 if failed else 0

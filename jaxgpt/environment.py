@@ -77,7 +77,7 @@ def _libtpu_is_in_vain() -> bool:
     Not where anything speaks of a TPU or of a choice already made: a device of Google's on the PCI bus (where JAX too
     looks), one of the variables that say where a TPU is, JAX_PLATFORMS, or the plugin of another accelerator.
     """
-    said = os.environ.keys() - {"TPU_SKIP_MDS_QUERY"}  # which JAX sets itself where it sees no TPU
+    said = os.environ.keys() - {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}  # which JAX sets itself beside any libtpu
     if {"JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"} & said or any(name.startswith("TPU_") for name in said):
         return False
     if importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax_plugins") is not None:

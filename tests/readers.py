@@ -383,4 +383,5 @@ class Target:
         kind = f"{name}: {type(error).__name__}: {line[:300]}"
         if not isinstance(error, BAD_INPUT) or type(error).__module__.startswith(("csv", "_csv")):
             return kind, "crashed"
-        return (None, "refused") if 10 < len(line) <= LONGEST else (f"no sentence: {kind}", "refused")
+        said = str(error).replace(str(self._folder), "").strip()
+        return (None, "refused") if len(said) > 10 and len(line) <= LONGEST else (f"no sentence: {kind}", "refused")

@@ -48,6 +48,14 @@ def test_saving_measures_what_a_checkpoint_costs(tmp_path):
     assert result["checkpoint_bytes"] > 1e6 and result["seconds_waited"]["min"] > 0
 
 
+def test_plan_memory_compares_what_is_planned_with_what_is_taken(tmp_path):
+    flags = ["--recipes", "shakespeare-char-cpu", "--batch-size", "4", "--json"]
+    result = json.loads(benchmark(tmp_path, *flags, script="plan_memory.py").stdout.splitlines()[-1])
+    (row,) = result["results"].values()
+    assert min(row["planned"], row["measured"], row["by_formula"]) > row["state_bytes"] > 4 * row["parameters"]
+    assert row["error"] == pytest.approx(row["planned"] / row["measured"] - 1)
+
+
 def test_train_step_puts_pytorch_beside_it(tmp_path):
     pytest.importorskip("transformers", reason="needs torch and transformers, which only the comparison installs")
     done = benchmark(tmp_path, *SMALL, "--vs", "torch", "plain", "--json")

@@ -11,11 +11,14 @@ from readers import READERS, Target
 
 ROOT = Path(__file__).parents[1]
 SLOW = {"checkpoint", "run", "model", "unfinished"}
-# What runs code that it reads; spelled so that this file does not have it.
-CALLS = ["eval(", "exec(", "torch.load(", "yaml.load("]
-CALLS += ["pickle.load", "marshal.load", "joblib.load"]
-FORBIDDEN = [rf"(?<![\w.]){re.escape(call)}" for call in CALLS]
-FORBIDDEN += [r"^\s*(import|from) (pickle|dill|cloudpickle|marshal|joblib|shelve)\b", "allow_pickle=True"]
+# What runs code that it reads; none of these patterns matches itself.
+FORBIDDEN = [
+    r"(?<![\w.])(eval|exec)\(",
+    r"(?<![\w.])(torch|yaml)\.load\(",
+    r"(?<![\w.])(pickle|marshal|joblib)\.load",
+    r"^\s*(import|from) (pickle|dill|cloudpickle|marshal|joblib|shelve)\b",
+    r"allow_pickle=(True|1)",
+]
 
 
 @pytest.fixture(scope="module")
