@@ -27,7 +27,7 @@ from jaxgpt.config import (
     to_dict,
     transformer_size,
 )
-from jaxgpt.config.runs import HostsConfig
+from jaxgpt.config.devices import HostsConfig
 from jaxgpt.recipes import RECIPES, recipe
 
 UNUSUAL = TrainConfig(

@@ -7,6 +7,7 @@ sentence under a field is its `--help`. A recipe (`recipes.py`) is a complete `R
 from __future__ import annotations
 
 from jaxgpt.config.conversion import BAD_INPUT, flatten, from_dict, require, suggestion, to_dict
+from jaxgpt.config.devices import Distributed, HostsConfig, ParallelConfig, Strategy
 from jaxgpt.config.generation import GenerationConfig, LengthRule
 from jaxgpt.config.models import (
     ActivationName,
@@ -19,19 +20,8 @@ from jaxgpt.config.models import (
     gpt_size,
     transformer_size,
 )
-from jaxgpt.config.runs import (
-    AdaptConfig,
-    DataConfig,
-    Distributed,
-    GPTRunConfig,
-    HostsConfig,
-    LoraTarget,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    Strategy,
-    TrainConfig,
-)
+from jaxgpt.config.optimizer import OptimizerConfig
+from jaxgpt.config.runs import AdaptConfig, DataConfig, GPTRunConfig, LoraTarget, RunConfig, TrainConfig
 from jaxgpt.config.tasks import TASKS
 from jaxgpt.config.translation import PairsConfig, TranslationConfig
 from jaxgpt.config.tuning import ChatConfig, ConversationsConfig, ExamplesConfig, FinetuneConfig, TuningTask

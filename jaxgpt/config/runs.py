@@ -1,4 +1,4 @@
-"""What a run is made of: optimiser, devices, budgets, what it begins with; and the text of a pretraining run."""
+"""What a run is made of: budgets, what it begins with; and the text of a pretraining run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxgpt.config.conversion import require
+from jaxgpt.config.devices import Distributed, HostsConfig, ParallelConfig
 from jaxgpt.config.models import BlockConfig, GPTConfig
+from jaxgpt.config.optimizer import OptimizerConfig
 
-Strategy = Literal["auto", "single", "pmap", "mesh"]
-Distributed = Literal["auto", "on", "off"]
 LoraTarget = Literal["qkv", "out", "up", "down"]
 
 
@@ -45,122 +45,6 @@ class DataConfig:
         )
         length = self.sequence_length
         require(length is None or length >= 1, f"data.sequence-length is {length}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Clip by global norm, AdamW (or Muon for matrices), warm up, decay."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the blocks' matrices and adamw for the rest"""
-    learning_rate: float = 1e-3
-    """peak learning rate of AdamW"""
-    final_learning_rate: float = 1e-4
-    """learning rate at the last step (cosine, linear, wsd)"""
-    muon_learning_rate: float = 0.02
-    """learning rate of Muon's matrices where the schedule is at 1; they follow the same one"""
-    muon_beta: float = 0.95
-    """decay of Muon's momentum"""
-    schedule: Literal["cosine", "linear", "inverse-sqrt", "noam", "wsd", "constant"] = "cosine"
-    """what follows the linear warm-up; noam is inverse-sqrt with learning-rate a factor of 1 / sqrt(width x warm-up)"""
-    warmup_steps: int = 100
-    """steps from zero to the peak"""
-    warmup_share: float | None = None
-    """the same as a share of the run's steps, instead"""
-    decay_share: float = 0.2
-    """wsd: the share of the run, at its end, in which the rate falls"""
-    beta1: float = 0.9
-    """decay of the first moment"""
-    beta2: float = 0.99
-    """decay of the second moment"""
-    epsilon: float = 1e-8
-    """added to the root of the second moment"""
-    weight_decay: float = 0.1
-    """decoupled decay, on matrices only"""
-    layer_decay: float = 1.0
-    """the learning rate of each layer as a share of that of the layer above it; a task's head has the whole"""
-    clip_norm: float | None = 1.0
-    """largest global norm of the gradient (None: no clipping)"""
-    skip_spikes: float | None = None
-    """leave out steps whose loss or gradient norm is so many standard deviations above the mean of the last 128, as 6
-    (None: only those that are not finite)"""
-    max_skipped: int = 10
-    """end the run after so many steps in a row were left out"""
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "muon_learning_rate", "epsilon"):
-            value = getattr(self, name)
-            require(value > 0, f"optimizer.{name.replace('_', '-')} is {value}; it must be positive")
-        for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
-            value = getattr(self, name)
-            require(value >= 0, f"optimizer.{name.replace('_', '-')} is {value}; it must not be negative")
-        share = self.warmup_share
-        require(share is None or 0 <= share <= 1, f"optimizer.warmup-share is {share}; it must be in [0, 1]")
-        require(0 < self.layer_decay <= 1, f"optimizer.layer-decay is {self.layer_decay}; it must be in (0, 1]")
-        for name in ("beta1", "beta2", "muon_beta"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"optimizer.{name.replace('_', '-')} is {value}; it must be in [0, 1)")
-        require(0 < self.decay_share <= 1, f"optimizer.decay-share is {self.decay_share}; it must be in (0, 1]")
-        norm = self.clip_norm
-        require(norm is None or norm > 0, f"optimizer.clip-norm is {norm}; it must be positive, or None")
-        spikes = self.skip_spikes
-        require(spikes is None or spikes > 0, f"optimizer.skip-spikes is {spikes}; it must be positive, or None")
-        require(self.max_skipped >= 1, f"optimizer.max-skipped is {self.max_skipped}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How one step is spread over devices. It changes how long a step takes, not what it computes."""
-
-    strategy: Strategy = "auto"
-    """single: one device; pmap: data-parallel jax.pmap; mesh: jit over a mesh; auto: mesh if one is given or there are
-    several hosts, else pmap if several devices"""
-    devices: int | None = None
-    """how many devices of each host (default: all that divide the batch)"""
-    mesh: str | None = None
-    """how many devices along each axis of a mesh, as in data=2,fsdp=2,tensor=2 (default, with mesh: all along data)"""
-    gradient_accumulation: int = 1
-    """micro-batches a device computes one after another for one step"""
-    virtual_shards: int = 8
-    """with strict-reproducibility: parts of every batch, each computed by itself; at most so many devices have work"""
-
-    def __post_init__(self) -> None:
-        require(self.devices is None or self.devices >= 1, f"parallel.devices is {self.devices}; it must be at least 1")
-        require(
-            self.mesh is None or self.strategy in ("auto", "mesh"),
-            f"parallel.mesh is {self.mesh}, but parallel.strategy is {self.strategy}; with that it must be None",
-        )
-        for name in ("gradient_accumulation", "virtual_shards"):
-            value = getattr(self, name)
-            require(value >= 1, f"parallel.{name.replace('_', '-')} is {value}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class HostsConfig:
-    """Where the other processes of a run are, which only a launcher that JAX does not know has to say."""
-
-    coordinator: str | None = None
-    """address and port of process 0, as in 10.0.0.1:8476"""
-    processes: int | None = None
-    """how many there are, of all hosts together"""
-    process: int | None = None
-    """which this one is, from 0"""
-    timeout: int = 300
-    """seconds in which all must have come together"""
-    heartbeat: int = 100
-    """seconds without a sign of life after which a process counts as dead, and the others end"""
-
-    def __post_init__(self) -> None:
-        for name in ("processes", "timeout", "heartbeat"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"hosts.{name} is {value}; it must be at least 1")
-        address, _, port = (self.coordinator or "host:1").rpartition(":")
-        fits = bool(address) and port.isdecimal() and 0 < int(port) < 2**16
-        require(fits, f"hosts.coordinator is {self.coordinator}; it must be ADDRESS:PORT")
-        one, count = self.process, self.processes
-        require(one is None or one >= 0, f"hosts.process is {one}; it must not be negative")
-        fits = one is None or count is None or one < count
-        require(fits, f"hosts.process is {one}, and the {count} of hosts.processes are numbered from 0")
 
 
 @dataclass(frozen=True)
