@@ -209,8 +209,11 @@ class Checkpoints:
                 if custom["checksums"].get(name) != checksum:
                     raise DamagedCheckpointError(f"{name} does not have the checksum it was saved with")
         except Exception as error:
-            kind = UnknownFormatError if isinstance(error, UnknownFormatError) else DamagedCheckpointError
-            raise kind(f"the checkpoint {self.folder / str(step)} cannot be read: {root_cause(error)}") from error
+            why = f"a file in it is damaged ({root_cause(error)})"
+            kind: type[ValueError] = DamagedCheckpointError
+            if isinstance(error, (UnknownFormatError, DamagedCheckpointError)):
+                why, kind = str(error), type(error)
+            raise kind(f"the checkpoint {self.folder / str(step)} cannot be read: {why}") from error
         return trees, custom["extra"]
 
     def restore_good(self, shapes: Trees, shardings: Any) -> tuple[int, Trees, dict[str, Any]]:

@@ -70,22 +70,27 @@ def unreadable_metrics(folder: Path, metric: str) -> dict[int, str]:
 
 
 def check_fit(wanted: Mapping[str, Any], found: Mapping[str, Any], names: Collection[str], trees: set[str]) -> None:
-    """Raise `ValueError` at the first leaf that is in the checkpoint or in the model alone, or differs in its shape.
+    """Compare what a checkpoint describes with what a model needs.
 
     Args:
         wanted: the model's leaves (arrays or shapes) by their paths.
         found: those that the checkpoint describes.
         names: the paths of all that were saved.
         trees: first parts of the paths that are wanted.
+
+    Raises:
+        DamagedCheckpointError: a leaf is in one of the two alone, or differs in its shape; the first is named.
     """
     for name in sorted(wanted.keys() ^ {name for name in names if name.partition("/")[0] in trees}):
-        raise ValueError(
+        raise DamagedCheckpointError(
             f"it has {'no' if name in wanted else 'a'} {name}, and the model has {'one' if name in wanted else 'none'}"
         )
     for name, leaf in wanted.items():
         saved = found.get(name, leaf)
         if (saved.shape, saved.dtype) != (leaf.shape, leaf.dtype):
-            raise ValueError(f"{name} is {saved.dtype} {saved.shape} in it, and {leaf.dtype} {leaf.shape} in the model")
+            raise DamagedCheckpointError(
+                f"{name} is {saved.dtype} {saved.shape} in it, and {leaf.dtype} {leaf.shape} in the model"
+            )
 
 
 def root_cause(error: BaseException) -> str:
