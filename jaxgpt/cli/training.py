@@ -130,7 +130,7 @@ def inspect(arguments: list[str]) -> int:
 
     from jaxgpt import launch
     from jaxgpt.apps.inspection import describe_batch
-    from jaxgpt.tasks.initial import SPECIAL_TOKENS
+    from jaxgpt.data.special_tokens import SPECIAL_TOKENS, SPECIALS
 
     prepared = launch.PREPARE[type(config)](config, print)
     batch = dict(next(iter(prepared.task.batches(options.batch, options.batch + 1, WHOLE))))
@@ -140,7 +140,7 @@ def inspect(arguments: list[str]) -> int:
         labels, size = prepared.config.labels, prepared.config.model.vocab_size or 0
         if not prepared.config.lm_weight:
             batch["lm_weights"] = batch["lm_weights"] * 0  # what is in the batch, but not in the loss
-        special = dict(zip(range(size - len(SPECIAL_TOKENS), size), SPECIAL_TOKENS, strict=True))
+        special = dict(zip(range(size - SPECIALS, size), SPECIAL_TOKENS, strict=True))
     for line in describe_batch(
         batch, lambda token: special.get(token) or prepared.tokenizer.name(token), labels, options.rows
     ):

@@ -23,7 +23,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.storage.runs import RunFolder
-from jaxgpt.tasks.trained import Pretrained
+from jaxgpt.tasks.published import Pretrained
 from jaxgpt.training.loop import Task
 from jaxgpt.training.metrics import count_parameters
 from jaxgpt.training.parallel import Layout
