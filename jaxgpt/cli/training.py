@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxgpt import recipes
-from jaxgpt.arguments import parse, value_of
-from jaxgpt.config import FinetuneConfig, RunConfig, TrainConfig, require
+from jaxgpt.arguments import flags_in, parse, value_of
+from jaxgpt.config import OWN_OF_A_RUN, FinetuneConfig, GPTRunConfig, RunConfig, TrainConfig, require
 from jaxgpt.data.batches import WHOLE
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.report import make_reporter
@@ -104,7 +104,18 @@ def _parsed(arguments: list[str], prog: str, default: RunConfig) -> RunConfig:
     if path is not None and isinstance(default, TrainConfig):
         settled = adopted(dataclasses.replace(default.data, path=(path,)))
         default = dataclasses.replace(default, data=dataclasses.replace(settled, path=default.data.path))
-    return parse(type(default), arguments, prog, counted(default, arguments))
+    config = parse(type(default), arguments, prog, counted(default, arguments))
+    if isinstance(config, GPTRunConfig) and config.init_from is not None:
+        _leave_to_the_base(arguments)
+    return config
+
+
+def _leave_to_the_base(arguments: list[str]) -> None:
+    """Raise `ValueError` for a setting of the model that is the base's to decide, and would change nothing."""
+    own = {f"--model.{name.replace('_', '-')}" for name in OWN_OF_A_RUN}
+    for flag in flags_in(arguments):
+        left = flag in own or not flag.startswith("--model.")
+        require(left, f"{flag} is given, and the base, the model of --init-from, decides that; leave it out")
 
 
 def counted(config: RunConfig, arguments: list[str]) -> RunConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from jaxgpt.config.conversion import BAD_INPUT, flatten, from_dict, require, suggestion, to_dict
 from jaxgpt.config.generation import GenerationConfig, LengthRule
 from jaxgpt.config.models import (
+    OWN_OF_A_RUN,
     ActivationName,
     AttentionName,
     BlockConfig,
@@ -38,6 +39,7 @@ from jaxgpt.config.tuning import ChatConfig, ConversationsConfig, ExamplesConfig
 
 __all__ = [
     "BAD_INPUT",
+    "OWN_OF_A_RUN",
     "TASKS",
     "ActivationName",
     "AdaptConfig",
