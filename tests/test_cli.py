@@ -151,6 +151,18 @@ def test_what_a_run_decides_beside_its_base_is_taken(capsys):
         assert capsys.readouterr().err == "jaxgpt: there is no folder ./nowhere\n", "which is looked for after all that"
 
 
+def test_a_budget_without_a_step_is_said(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("abcd " * 200)
+    flags = [*TINY, "--data.path", "text.txt", "--out", "run", "--quiet"]
+    assert main(["train", *flags, "--max-seconds", "0.001"]) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("jaxgpt: no step was made in max-seconds 0.001: the first evaluation and the last alone take")
+    assert len(err.splitlines()) == 1
+    assert main(["train", *flags, "--max-seconds", "600", "--resume"]) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+
+
 def test_train_then_generate(capsys, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("abcd " * 200)
     assert main(["train", *TINY, "--data.path", "text.txt", "--out", "run"]) == 0

@@ -106,7 +106,7 @@ def train(
     Raises:
         FloatingPointError: loss or gradient is not finite; no state after the last good one was saved.
         OSError: the run folder cannot be written; what was committed before is untouched.
-        ValueError: the checkpoint is damaged or does not fit the config.
+        ValueError: the checkpoint is damaged or does not fit the config; or the time was over before the first step.
     """
     metric, highest = config.selection
     checkpoints = Checkpoints(
@@ -197,6 +197,11 @@ class _Loop:
             self.checkpoints.wait()
             self.run_folder.draw_curves()
             return Outcome(step, self.evaluation, interrupted=True)
+        elif not step:  # by the clock alone
+            raise ValueError(
+                f"no step was made in max-seconds {config.max_seconds}: the first evaluation and the last alone take "
+                f"about {self.seconds + self.evaluation_seconds:.1f} seconds; give more, with --resume or another --out"
+            )
         self._finish(state, step)
         return Outcome(step, self.evaluation, interrupted=False)
 
