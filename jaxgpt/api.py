@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
 from jaxgpt.config import Dtype, GenerationConfig, GPTConfig, Weights, from_dict, to_dict
-from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.environment import use_compilation_cache
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import Decoder, Text, gpt_decoder
@@ -23,8 +22,10 @@ from jaxgpt.models.blocks import Parameters, compact_parameters, decoding_parame
 from jaxgpt.storage.adapters import write_adapter
 from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.huggingface import config_to_hf
-from jaxgpt.storage.runs import RunFolder, write_atomically
-from jaxgpt.storage.weights import export_tensors, write_weights
+from jaxgpt.storage.runs import RunFolder
+from jaxgpt.storage.weights import export_tensors
+from jaxgpt.tasks.classifiers import Tuned, write_classifier
+from jaxgpt.tasks.published import check_free, tokenizer_config, write_published
 from jaxgpt.tasks.trained import Which, load_adapter, load_pretrained
 
 DEFAULT_NEW_TOKENS = 256
@@ -245,32 +246,29 @@ def load(
     return LanguageModel(found.config, parameters, found.tokenizer, found.stop_tokens, guessing)
 
 
-def export(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
-    """Write a model as a folder that `transformers` loads with `from_pretrained`, tokenizer and all.
+def export(model: LanguageModel | Tuned, folder: str | os.PathLike[str]) -> None:
+    """Write a model, or a `Classifier`, with its tokenizer as a folder for the `from_pretrained` of `transformers`.
 
-    What comes back from `load` is the same, bit for bit.
+    What comes back from `load` (or from `Classifier`) is the same, bit for bit.
 
     Raises:
         FileExistsError: the folder exists and is not empty.
-        ValueError: a setting that the format cannot express, named; weights in fewer bits.
+        ValueError: a setting or a task that the format cannot express, named; weights in fewer bits.
     """
+    if not isinstance(model, LanguageModel):
+        write_classifier(model, Path(folder))
+        return
     if "blocks" not in model.parameters:
         raise ValueError("the parameters are laid out for decoding; what is exported is loaded without weights")
-    config, path = model.config, Path(folder)
-    end = model.tokenizer.end_of_text
-    described = config_to_hf(config, end)  # refuses before anything is written
-    _check_free(path)
-    path.mkdir(parents=True, exist_ok=True)
-    write_weights(path, export_tensors(config, by_path(model.parameters)))
-    model.tokenizer.save(path / "tokenizer.json")
-    stops = list(model.stop_tokens)
+    config, tokenizer = model.config, model.tokenizer
+    end, stops = tokenizer.end_of_text, list(model.stop_tokens)
     files = {
-        "config.json": described,
+        "config.json": config_to_hf(config, end),  # refuses before anything is written
         "generation_config.json": {"bos_token_id": end, "eos_token_id": stops[0] if len(stops) == 1 else stops or None},
-        "tokenizer_config.json": _tokenizer_config(model),
+        "tokenizer_config.json": tokenizer_config(tokenizer, config.context),
     }
-    for name, values in files.items():
-        write_atomically(path / name, json.dumps(values, indent=2) + "\n")
+    tensors = export_tensors(config, by_path(model.parameters))
+    write_published(Path(folder), tensors, tokenizer.to_json(pretty=True), files)
 
 
 def export_adapter(
@@ -285,20 +283,5 @@ def export_adapter(
         FileNotFoundError, ValueError: no such run, or one that trained no adapter.
     """
     adapt, adapter, base, digest = load_adapter(RunFolder.at(run), checkpoint)
-    _check_free(Path(folder))
+    check_free(Path(folder))
     write_adapter(Path(folder), adapt, by_path(adapter), base, digest)
-
-
-def _check_free(path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not empty; give another --out")
-
-
-def _tokenizer_config(model: LanguageModel) -> dict[str, Any]:
-    named = (
-        {}
-        if model.tokenizer.end_of_text is None
-        else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    )
-    general = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.context}
-    return general | named | {"clean_up_tokenization_spaces": False}

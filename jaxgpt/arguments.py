@@ -59,6 +59,11 @@ def value_of(flag: str, arguments: list[str]) -> str | None:
     return found[-1] if found else None
 
 
+def flags_in(arguments: list[str]) -> list[str]:
+    """The flags among arguments, without their values."""
+    return [flag for flag, _ in _grouped(arguments, None)]
+
+
 def _freed(flag: str, values: list[str], settings: dict[str, Any], positional: str) -> Iterator[tuple[str, list[str]]]:
     """A flag with the values it can have, and the words after them as those of `positional`."""
     count = len(values)

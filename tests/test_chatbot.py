@@ -156,6 +156,20 @@ def test_an_answer_that_ctrl_c_stops_is_the_answer(model, capsys):
     assert bot.messages == [Message("user", "hi"), Message("assistant", "as far")]
 
 
+def test_what_is_saved_replaces_nothing(model, tmp_path, capsys):
+    bot, path = Chatbot(model, system="s", settings=GREEDY), tmp_path / "notes.txt"
+    bot.answer("hi")
+    path.write_text("dear diary")
+    terminal._command(bot, f"/save {path}")
+    assert capsys.readouterr().err == f"jaxgpt: {path} exists already; give /save another name\n"
+    assert path.read_text() == "dear diary"
+    terminal._command(bot, f"/save {tmp_path / 'new.jsonl'}")
+    said = [json.loads(line)["role"] for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    assert said == ["system", "user", "assistant"]
+    terminal._command(bot, f"/save {tmp_path / 'nowhere' / 'new.jsonl'}")
+    assert "No such file" in capsys.readouterr().err
+
+
 def chat(folder, cache, arguments, lines, code=0):
     """Run `jaxgpt chat` with these lines on its standard input; return what it printed to both streams."""
     done = subprocess.run(

@@ -52,6 +52,16 @@ def train_config(*flags):
         (["train", "--data.sequence-length", "99999"], "longer than the model's context of 128 tokens"),
         (["train", "--data.path", "nowhere.txt"], "no file or folder nowhere.txt"),
         (["train", "gpt2", "extra"], "extra"),
+        (
+            ["train", "--init-from", "nowhere", "--model.layers=2"],
+            "--model.layers is given, and the base, the model of",
+        ),
+        (
+            ["train", "finetune", "--model.dropout", "0", "--model.bias", "--init-from", "nowhere"],
+            "--model.bias is given",
+        ),
+        (["train", "chat", "--init-from", "nowhere", "--model.context", "9"], "--model.context is given, and the base"),
+        (["inspect", "chat", "--init-from", "nowhere", "--model.width", "12"], "--model.width is given, and the base"),
         (["generate"], "--model"),
         (["generate", "--model", "nowhere", "--prompt", "a"], "there is no folder nowhere"),
         (["generate", "--model", "./nowhere", "--prompt", "a"], "there is no folder ./nowhere"),
@@ -131,6 +141,26 @@ def test_help_lists_verbs_and_recipes(capsys):
     assert all(flag in out for flag in ("--steps", "--data.batch-size", "--parallel.strategy", "--max-seconds"))
     assert main(["generate", "--help"]) == 0
     assert "--max-new-tokens" in capsys.readouterr().out
+
+
+def test_what_a_run_decides_beside_its_base_is_taken(capsys):
+    own = "--model.dropout=0.1 --model.embedding-dropout=0 --model.attention-dropout=0 --model.attention=blocked "
+    own += "--model.remat --model.unroll=1 --model.compute-dtype=bfloat16 --model.parameter-dtype=float32"
+    for name in ("default", "finetune", "chat"):
+        assert main(["train", name, "--init-from", "./nowhere", *own.split()]) == 2
+        assert capsys.readouterr().err == "jaxgpt: there is no folder ./nowhere\n", "which is looked for after all that"
+
+
+def test_a_budget_without_a_step_is_said(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("abcd " * 200)
+    flags = [*TINY, "--data.path", "text.txt", "--out", "run", "--quiet"]
+    assert main(["train", *flags, "--max-seconds", "0.001"]) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("jaxgpt: no step was made in max-seconds 0.001: the first evaluation and the last alone take")
+    assert len(err.splitlines()) == 1
+    assert main(["train", *flags, "--max-seconds", "600", "--resume"]) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
 
 
 def test_train_then_generate(capsys, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A classifier: texts in, labels with their probabilities out, from a run of `python train.py sentiment`, finetune."""
+"""A classifier: texts in, labels and probabilities out, from a run of `python train.py sentiment`, finetune."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jaxgpt.config import Dtype, FinetuneConfig
+from jaxgpt.config import Dtype
 from jaxgpt.data.batches import Batch
 from jaxgpt.data.example_batches import EncodedExamples, ExampleBatches, input_forms
 from jaxgpt.data.examples import Example
 from jaxgpt.environment import use_compilation_cache
 from jaxgpt.generation.decode import bucket
 from jaxgpt.models.blocks import Parameters
-from jaxgpt.storage.runs import RunFolder
+from jaxgpt.tasks.classifiers import load_classifier
 from jaxgpt.tasks.finetuning import judge, verdict, without_adapter
-from jaxgpt.tasks.trained import Which, load_trained
+from jaxgpt.tasks.trained import Which
 
 BATCHES_AT_ONCE = 8  # of which each has texts of about the same length
 
@@ -49,18 +49,18 @@ class Classifier:
         dtype: Dtype | None = None,
         base: str | None = None,
     ) -> None:
-        """Load a fine-tuning run.
+        """Load a fine-tuning run, or a classifier that `export` wrote.
 
         Args:
-            model: the run folder.
+            model: its folder.
             checkpoint, dtype, base: see `tasks.trained.load_trained`.
 
         Raises:
-            FileNotFoundError: there is no run, or no checkpoint in it yet.
-            ValueError: a run of another task, or a damaged file.
+            FileNotFoundError: there is none, or no checkpoint in the run yet.
+            ValueError: a run of another task, another model, or a damaged file.
         """
         use_compilation_cache()
-        trained = load_trained(RunFolder.at(model), FinetuneConfig, checkpoint, dtype, base)
+        trained = load_classifier(model, checkpoint, dtype, base)
         self.config = without_adapter(trained.config)
         self.parameters: Parameters = trained.parameters
         self.tokenizer = trained.tokenizer

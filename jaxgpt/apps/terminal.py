@@ -8,7 +8,6 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 
 from jaxgpt.apps.chatbot import Chatbot
@@ -129,7 +128,11 @@ def _save(bot: Chatbot, name: str) -> None:
         return
     told = [] if bot.system is None else [Message("system", bot.system)]
     try:
-        Path(name).write_text(as_lines([*told, *bot.messages]), "utf-8")
+        with open(name, "x", encoding="utf-8") as file:
+            file.write(as_lines([*told, *bot.messages]))
+    except FileExistsError:
+        print(f"jaxgpt: {name} exists already; give /save another name", file=sys.stderr)
+        return
     except OSError as error:
         print(f"jaxgpt: {error}", file=sys.stderr)
         return

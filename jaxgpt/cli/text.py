@@ -96,10 +96,19 @@ def generate(arguments: list[str]) -> int:
 def export(arguments: list[str]) -> int:
     options = parse(ExportOptions, arguments, "jaxgpt export")
     from jaxgpt import api
+    from jaxgpt.tasks.classifiers import is_classifier
 
     if options.format == "adapter":
         api.export_adapter(options.model, options.out, checkpoint=options.checkpoint)
         print(f"{options.out} holds the adapter; peft loads it with PeftModel.from_pretrained")
+        return 0
+    if is_classifier(options.model):
+        from jaxgpt.apps.sentiment import Classifier
+
+        loaded = Classifier(options.model, checkpoint=options.checkpoint, dtype=options.dtype, base=options.base)
+        api.export(loaded, options.out)
+        loader = "AutoModelForSequenceClassification.from_pretrained"
+        print(f"{options.out} holds the classifier; transformers loads it with {loader}")
         return 0
     api.export(load_model(options), options.out)
     print(f"{options.out} holds the model; transformers loads it with AutoModelForCausalLM.from_pretrained")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxgpt import recipes
-from jaxgpt.arguments import parse, value_of
-from jaxgpt.config import FinetuneConfig, RunConfig, TrainConfig, require
+from jaxgpt.arguments import flags_in, parse, value_of
+from jaxgpt.config import OWN_OF_A_RUN, FinetuneConfig, GPTRunConfig, RunConfig, TrainConfig, require
 from jaxgpt.data.batches import WHOLE
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.report import make_reporter
@@ -104,7 +104,18 @@ def _parsed(arguments: list[str], prog: str, default: RunConfig) -> RunConfig:
     if path is not None and isinstance(default, TrainConfig):
         settled = adopted(dataclasses.replace(default.data, path=(path,)))
         default = dataclasses.replace(default, data=dataclasses.replace(settled, path=default.data.path))
-    return parse(type(default), arguments, prog, counted(default, arguments))
+    config = parse(type(default), arguments, prog, counted(default, arguments))
+    if isinstance(config, GPTRunConfig) and config.init_from is not None:
+        _leave_to_the_base(arguments)
+    return config
+
+
+def _leave_to_the_base(arguments: list[str]) -> None:
+    """Raise `ValueError` for a setting of the model that is the base's to decide, and would change nothing."""
+    own = {f"--model.{name.replace('_', '-')}" for name in OWN_OF_A_RUN}
+    for flag in flags_in(arguments):
+        left = flag in own or not flag.startswith("--model.")
+        require(left, f"{flag} is given, and the base, the model of --init-from, decides that; leave it out")
 
 
 def counted(config: RunConfig, arguments: list[str]) -> RunConfig:
@@ -130,7 +141,7 @@ def inspect(arguments: list[str]) -> int:
 
     from jaxgpt import launch
     from jaxgpt.apps.inspection import describe_batch
-    from jaxgpt.tasks.initial import SPECIAL_TOKENS
+    from jaxgpt.data.special_tokens import SPECIAL_TOKENS, SPECIALS
 
     prepared = launch.PREPARE[type(config)](config, print)
     batch = dict(next(iter(prepared.task.batches(options.batch, options.batch + 1, WHOLE))))
@@ -140,7 +151,7 @@ def inspect(arguments: list[str]) -> int:
         labels, size = prepared.config.labels, prepared.config.model.vocab_size or 0
         if not prepared.config.lm_weight:
             batch["lm_weights"] = batch["lm_weights"] * 0  # what is in the batch, but not in the loss
-        special = dict(zip(range(size - len(SPECIAL_TOKENS), size), SPECIAL_TOKENS, strict=True))
+        special = dict(zip(range(size - SPECIALS, size), SPECIAL_TOKENS, strict=True))
     for line in describe_batch(
         batch, lambda token: special.get(token) or prepared.tokenizer.name(token), labels, options.rows
     ):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class ClassifyOptions(RunOptions):
     """Label texts: as many lines come out as went in, in their order; texts that belong together, tab-separated."""
 
+    model: str
+    """a fine-tuning run, or a classifier that export wrote"""
     file: tuple[str, ...] = ()
     """the text file to label, also without --file; - or none: standard input"""
     text: tuple[str, ...] = ()

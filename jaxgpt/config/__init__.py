@@ -10,6 +10,7 @@ from jaxgpt.config.conversion import BAD_INPUT, flatten, from_dict, require, sug
 from jaxgpt.config.devices import Distributed, HostsConfig, ParallelConfig, Strategy
 from jaxgpt.config.generation import GenerationConfig, LengthRule
 from jaxgpt.config.models import (
+    OWN_OF_A_RUN,
     ActivationName,
     AttentionName,
     BlockConfig,
@@ -28,6 +29,7 @@ from jaxgpt.config.tuning import ChatConfig, ConversationsConfig, ExamplesConfig
 
 __all__ = [
     "BAD_INPUT",
+    "OWN_OF_A_RUN",
     "TASKS",
     "ActivationName",
     "AdaptConfig",

@@ -14,6 +14,12 @@ ActivationName = Literal["gelu_new", "gelu", "relu", "silu", "tanh", "relu-squar
 PositionsName = Literal["learned", "sinusoidal", "rotary"]
 NormName = Literal["layer", "rms"]
 
+# What a run that begins with another model decides for itself; the rest is that model's.
+OWN_OF_A_RUN = (
+    "dropout", "embedding_dropout", "attention_dropout", "attention", "remat", "unroll", "compute_dtype",
+    "parameter_dtype",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BlockConfig:

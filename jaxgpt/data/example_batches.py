@@ -12,9 +12,8 @@ from jaxgpt.config import FinetuneConfig, TuningTask
 from jaxgpt.data.batches import WHOLE, Batch, Share
 from jaxgpt.data.buckets import Bucket, Buckets
 from jaxgpt.data.examples import Example, choices_of, score_of
+from jaxgpt.data.special_tokens import SPECIALS
 from jaxgpt.data.tokenizer import Tokenizer
-
-SPECIALS = 3  # start, delimiter and extract: the last ids of the model's vocabulary
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,10 @@ def _form(pieces: list[np.ndarray], task: TuningTask, vocab_size: int, limit: in
 
 
 def _fit(pieces: list[np.ndarray], room: int) -> tuple[list[np.ndarray], int]:
-    """Cut the end of the longest piece, until all have room together."""
+    """Cut the end of the longest piece, until all have room together; of two as long now that which was shorter."""
     sizes, beyond = [len(piece) for piece in pieces], max(0, sum(map(len, pieces)) - room)
-    for _ in range(beyond):
-        sizes[sizes.index(max(sizes))] -= 1
+    for _ in range(beyond):  # as "longest_first" of the tokenizers library does
+        sizes[max(range(len(sizes)), key=lambda n: (sizes[n], -len(pieces[n])))] -= 1
     return [piece[:size] for piece, size in zip(pieces, sizes, strict=True)], beyond
 
 

@@ -125,11 +125,15 @@ class Tokenizer:
         """A decoder for ids that come one at a time."""
         return Pieces(self._rust)
 
+    def to_json(self, *, pretty: bool = False) -> str:
+        """What tokenizer.json holds."""
+        return self._rust.to_str(pretty=pretty)
+
     def save(self, path: Path) -> None:
         """Write tokenizer.json, whole or not at all."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(self._rust.to_str(pretty=True), "utf-8")
+            temporary.write_text(self.to_json(pretty=True), "utf-8")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -137,7 +141,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """A digest of everything that decides the ids."""
-        return hashlib.sha256(self._rust.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def check(self, text: str) -> None:
         """Raise `ValueError` as `encode` would, if it would."""

@@ -50,6 +50,13 @@ def head_logits(
     return logits[:, 0] if logits.shape[1] == 1 else logits[..., 0]
 
 
+def shrink_vocabulary(parameters: Parameters, size: int) -> Parameters:
+    """Parameters of a GPT with the first `size` rows of the token embedding alone (and of the head)."""
+    embedding = {"embedding": parameters["token_embedding"]["embedding"][:size]}
+    whole = {**parameters, "token_embedding": embedding}
+    return whole | {"head": parameters["head"][:size]} if "head" in parameters else whole
+
+
 def grow_vocabulary(
     parameters: Parameters, size: int, fresh: Int[Any, " n"], std: float, key: Key[Array, ""]
 ) -> Parameters:

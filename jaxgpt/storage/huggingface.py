@@ -1,10 +1,13 @@
-"""GPT-2 and the first GPT as `transformers` describes them: config fields and tensor names, both ways. No arrays."""
+"""GPT-2 and the first GPT as `transformers` describes them: config fields and tensor names, both ways. No arrays.
+
+What it has no field for, and a reader needs, stands under `jaxgpt` in config.json.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jaxgpt.config import GPTConfig, require
+from jaxgpt.config import FinetuneConfig, GPTConfig, from_dict, require, to_dict
 
 # Their spellings of an activation -> ours. In the first GPT "gelu" means the tanh form.
 GPT2_ACTIVATIONS = {name: name for name in ("relu", "silu", "gelu", "tanh", "gelu_new")}
@@ -27,6 +30,7 @@ BLOCK_NAMES = {
     "mlp/down/bias": "mlp.c_proj.bias",
 }
 HEAD = "lm_head.weight"
+SCORE = "score.weight"  # of a classifier (C, D)
 # What transformers assumes where config.json does not say; their names of the fields.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
@@ -156,6 +160,48 @@ def config_to_hf(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
         "dtype": config.parameter_dtype,
     }
     return values | own | ({} if config.bias else {"jaxgpt": {"bias": False}})
+
+
+def classifier_to_hf(config: FinetuneConfig, end_of_text: int | None) -> dict[str, Any]:
+    """The config.json of a GPT with a task head, for the sequence classification of `transformers`.
+
+    Raises:
+        ValueError: a task or a setting that the format cannot express; named.
+    """
+    both, each = "(both orders of two texts, added up)", "(a score for each answer)"
+    _refuse(config.task == "similarity", "task", config.task, both)
+    _refuse(config.task == "multiple-choice", "task", config.task, each)
+    values = config_to_hf(config.model, end_of_text)
+    names = ("score",) if config.regression else config.labels
+    own = {"task": config.task, "max_length": config.data.max_length}
+    scores = {"score_range": list(config.labels)} if config.regression else {}
+    return values | {
+        "architectures": [values["architectures"][0].replace("LMHeadModel", "ForSequenceClassification")],
+        "problem_type": "regression" if config.regression else "single_label_classification",
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+        "jaxgpt": values.get("jaxgpt", {}) | own | scores,
+    }
+
+
+def classifier_from_hf(values: dict[str, Any], where: str) -> FinetuneConfig | None:
+    """Read what `classifier_to_hf` wrote; None if it is the config.json of another model.
+
+    Raises:
+        ValueError: a value that is not what it should be; named.
+    """
+    own = values.get("jaxgpt")
+    if not isinstance(own, dict) or "task" not in own:
+        return None
+    model, scores, names = config_from_hf(values, where), own.get("score_range"), values.get("id2label")
+    require(isinstance(names, dict), f"{where}: id2label is {names!r}; it must give each class its name")
+    assert names is not None
+    labels = [names.get(str(number)) for number in range(len(names))] if scores is None else scores
+    fields = {"model": to_dict(model), "task": own["task"], "regression": scores is not None, "labels": labels}
+    try:
+        return from_dict(FinetuneConfig, fields | {"data": {"max_length": own.get("max_length")}})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _refuse(cannot: bool, name: str, value: object, why: str = "") -> None:

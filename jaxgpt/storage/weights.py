@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxgpt.config import GPTConfig, require
-from jaxgpt.storage.huggingface import HEAD, tensor_names
+from jaxgpt.storage.huggingface import HEAD, SCORE, tensor_names
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -59,8 +59,11 @@ class Tensor:
         return view
 
 
-def open_weights(folder: Path) -> dict[str, Tensor]:
+def open_weights(folder: Path, score: bool = False) -> dict[str, Tensor]:
     """Find the tensors of a model's folder, by name without any `transformer.` prefix; buffers are left out.
+
+    Args:
+        score: find the head of a classifier too, which is otherwise left out as those for other tasks are.
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
@@ -68,7 +71,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for path in _files(folder):
-        for name, tensor in _tensors(path).items():
+        for name, tensor in _tensors(path, score).items():
             own = name.removeprefix(PREFIX)
             if own in tensors:
                 raise ValueError(f"{tensors[own].path} and {path} both have the tensor {own}")
@@ -99,7 +102,7 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(shards.values()))]
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path, score: bool) -> dict[str, Tensor]:
     """The tensors of one file, once the library has found its header sound."""
     _check_hub_digest(path)
     try:
@@ -116,7 +119,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return {
         name: Tensor(path, name, entry, 8 + size, checksums.get(name))
         for name, entry in header.items()
-        if not NO_PARAMETER.match(name)
+        if not NO_PARAMETER.match(name) or (score and name == SCORE)
     }
 
 

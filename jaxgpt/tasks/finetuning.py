@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Key
 from jaxgpt.config import FinetuneConfig
 from jaxgpt.data.batches import WHOLE, Share, prefetch
 from jaxgpt.data.buckets import choose_bounds
-from jaxgpt.data.example_batches import SPECIALS, EncodedExamples, ExampleBatches, encode_examples
+from jaxgpt.data.example_batches import EncodedExamples, ExampleBatches, encode_examples
 from jaxgpt.data.examples import class_names, open_examples, score_range
+from jaxgpt.data.special_tokens import SPECIALS
 from jaxgpt.data.tokenizer import load_tokenizer, train_bpe
 from jaxgpt.models.blocks import Parameters
 from jaxgpt.models.gpt import GPT, next_token_loss

@@ -6,13 +6,12 @@ import jax
 from jaxtyping import Array, Key
 
 from jaxgpt.config import AdaptConfig, FinetuneConfig, GPTConfig, GPTRunConfig
+from jaxgpt.data.special_tokens import SPECIALS
 from jaxgpt.models.blocks import Parameters
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.models.heads import HEAD, grow_vocabulary, init_head
 from jaxgpt.models.lora import ADAPTER, init_adapter
 from jaxgpt.models.partition import separate
-
-SPECIAL_TOKENS = ("<|start|>", "<|delimiter|>", "<|extract|>")
 
 
 def needs_base(config: GPTRunConfig) -> bool:
@@ -43,7 +42,7 @@ def separated(config: GPTRunConfig, key: Key[Array, ""], base: Parameters | None
         parameters = jax.tree.map(lambda leaf: jax.numpy.array(leaf, model.parameter_dtype), base)
     if isinstance(config, FinetuneConfig):
         if base is not None:
-            fresh = jax.numpy.arange(size - len(SPECIAL_TOKENS), size)
+            fresh = jax.numpy.arange(size - SPECIALS, size)
             parameters = grow_vocabulary(parameters, size, fresh, std, jax.random.fold_in(key, 1))
         parameters = {**parameters, HEAD: init_head(model, config.outputs, jax.random.fold_in(key, 2))}
     if config.adapt.method == "lora":

@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 
 from jaxgpt.config import (
+    OWN_OF_A_RUN,
     ChatConfig,
     ConversationsConfig,
     ExamplesConfig,
@@ -23,7 +24,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.storage.runs import RunFolder
-from jaxgpt.tasks.trained import Pretrained
+from jaxgpt.tasks.published import Pretrained
 from jaxgpt.training.metrics import count_parameters
 from jaxgpt.training.parallel import Layout
 from jaxgpt.training.task import Task
@@ -49,11 +50,6 @@ class Prepared:
 
 Data = TypeVar("Data", ExamplesConfig, ConversationsConfig, PairsConfig)
 Epochs = TypeVar("Epochs", FinetuneConfig, ChatConfig)
-# Of the model's settings, what a run that begins with another model decides for itself.
-OWN = (
-    "dropout", "embedding_dropout", "attention_dropout", "attention", "remat", "unroll", "compute_dtype",
-    "parameter_dtype",
-)  # fmt: skip
 
 
 def with_vocabulary(model_size: int | None, tokenizer: Tokenizer) -> int:
@@ -85,7 +81,7 @@ def adopted(model: GPTConfig, base: Pretrained | None) -> GPTConfig:
     """The base's architecture, with this run's dropout and ways to compute; without a base, the run's own."""
     if base is None:
         return model
-    return dataclasses.replace(base.config, **{name: getattr(model, name) for name in OWN})
+    return dataclasses.replace(base.config, **{name: getattr(model, name) for name in OWN_OF_A_RUN})
 
 
 def absolute(path: str | None) -> str | None:

@@ -20,7 +20,6 @@ from jaxgpt.config import (
     ChatConfig,
     Dtype,
     FinetuneConfig,
-    GPTConfig,
     GPTRunConfig,
     RunConfig,
     TrainConfig,
@@ -28,17 +27,17 @@ from jaxgpt.config import (
     TranslationConfig,
 )
 from jaxgpt.data.tokenizer import Tokenizer, load_tokenizer
-from jaxgpt.models import gpt, transformer
+from jaxgpt.models import transformer
 from jaxgpt.models.blocks import Parameters
 from jaxgpt.models.lora import ADAPTER, fold
 from jaxgpt.models.partition import combine
 from jaxgpt.storage import adapters
 from jaxgpt.storage.checkpoint import Checkpoints, by_path
 from jaxgpt.storage.hub import find_model
-from jaxgpt.storage.huggingface import config_from_hf
 from jaxgpt.storage.runs import RunFolder
-from jaxgpt.storage.weights import fitting_config, open_weights, read_json, read_parameters
+from jaxgpt.storage.weights import read_json
 from jaxgpt.tasks import initial
+from jaxgpt.tasks.published import Pretrained, load_published
 
 Which = Literal["best", "last", "average"]
 Config = TypeVar("Config", bound=RunConfig)
@@ -58,17 +57,6 @@ class Trained(Generic[Config]):
     config: Config
     parameters: Parameters
     tokenizer: Tokenizer
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """A GPT to use or to begin with."""
-
-    config: GPTConfig
-    parameters: Parameters
-    tokenizer: Tokenizer
-    stop_tokens: tuple[int, ...]
-    """ids that end a text"""
 
 
 def load_trained(
@@ -181,7 +169,7 @@ def load_pretrained(
     if "model_type" not in described and "format" not in described:
         raise ValueError(f"{folder / 'config.json'} names no model_type, as a model's would, and is not a run's either")
     if "model_type" in described:
-        return _load_published(folder, described, dtype or "float32")
+        return load_published(folder, described, dtype or "float32")
     run = RunFolder(folder)
     kind: type[GPTRunConfig] = ChatConfig if isinstance(run.saved_config(), ChatConfig) else TrainConfig
     trained = load_trained(run, kind, checkpoint, dtype, base)
@@ -222,36 +210,3 @@ def load_adapter(run: RunFolder, checkpoint: Which | None = None) -> tuple[Adapt
     assert config.init_from is not None
     trained = _read_trained(config, run, checkpoint)
     return config.adapt, trained[ADAPTER], config.init_from, run.describe()["base"]
-
-
-def _load_published(folder: Path, values: dict[str, Any], dtype: Dtype) -> Pretrained:
-    config = config_from_hf(values, where=str(folder / "config.json"))
-    config = dataclasses.replace(config, parameter_dtype=dtype, compute_dtype=dtype)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > (config.vocab_size or 0):
-        raise ValueError(
-            f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, and the embedding only "
-            f"{config.vocab_size} rows"
-        )
-    tensors = open_weights(folder)
-    config = fitting_config(tensors, config)
-    whole = jax.eval_shape(functools.partial(gpt.init_parameters, config), jax.random.key(0))
-    shapes = {name: leaf.shape for name, leaf in by_path(whole).items()}
-    place = functools.partial(jax.device_put, device=jax.local_devices()[0])
-    leaves = read_parameters(tensors, config, shapes, jnp.dtype(dtype), place)
-    parameters = flax.traverse_util.unflatten_dict(leaves, sep="/")
-    return Pretrained(config, parameters, tokenizer, _published_stop_tokens(folder, values, tokenizer))
-
-
-def _published_stop_tokens(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end-of-text tokens that the folder names for generation; else the tokenizer's."""
-    generation = folder / "generation_config.json"
-    named = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    named = values.get("eos_token_id") if named is None else named
-    if named is None:
-        named = [] if tokenizer.end_of_text is None else tokenizer.end_of_text
-    stops = named if isinstance(named, list) else [named]
-    size = values.get("vocab_size", tokenizer.vocab_size)
-    if not all(isinstance(token, int) and 0 <= token < size for token in stops):
-        raise ValueError(f"eos_token_id in {folder} is {named!r}; it must be an id of the {size} tokens, or several")
-    return tuple(stops)

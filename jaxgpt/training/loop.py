@@ -48,7 +48,7 @@ def train(
     Raises:
         FloatingPointError: too many steps in a row were left out; none of their states was saved.
         OSError: the run folder cannot be written; what was committed before is untouched.
-        ValueError: the checkpoint is damaged or does not fit the config.
+        ValueError: the checkpoint is damaged or does not fit the config; or the time was over before the first step.
     """
     metric, highest = config.selection
     checkpoints = Checkpoints(
@@ -148,6 +148,11 @@ class _Loop:
             self.report.say(f"no better held-out {name} in {self.fruitless} evaluations: this is the end")
         elif self.stop.requested and step < config.steps:
             return self._interrupted(state, step)
+        elif not step:  # by the clock alone
+            raise ValueError(
+                f"no step was made in max-seconds {config.max_seconds}: the first evaluation and the last alone take "
+                f"about {self.seconds + self.evaluation_seconds:.1f} seconds; give more, with --resume or another --out"
+            )
         return self._finish(state, step)
 
     def _interrupted(self, state: TrainState, step: int) -> Outcome:
