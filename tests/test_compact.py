@@ -1,11 +1,13 @@
 """Matrices in fewer bits: products of what they hold, whatever the number of rows; near the matrices they came from."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.models.blocks import compact_parameters
@@ -49,7 +51,7 @@ def test_a_weight_that_is_no_number_is_not_lost(weights):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_compact_model_is_near_the_model_and_its_steps_are_its_whole(weights, tied):
     config = dataclasses.replace(CONFIG, tied_head=tied)
-    parameters = init_parameters(config, jax.random.key(0))
+    parameters = drawn(functools.partial(init_parameters, config), std=0.1)
     small = compact_parameters(parameters, weights)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (small["block_0"], parameters["blocks"])]
     assert sizes[0] * 2 < sizes[1] * 3  # columns filled up to 32 included
