@@ -1,12 +1,16 @@
 """Eight virtual devices stand in for accelerators; annotations of shapes and dtypes are checked on every call."""
 
+import importlib.metadata
 import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-# Most of a test's time is compilation. What is tested is what a program computes, not how fast; the whole-program tests
-# run with everything on.
+# Most of a test's time is compilation. What is tested is what a program computes, not how fast; some of the
+# whole-program tests run with everything on.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# The older way to compile fusions takes a third of the time. An XLA that does not know a flag would abort.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # The hub's library reads this when it is imported; no test may ask the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,19 +47,15 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    """Somewhere harmless for compiled programs, and the setting as it was afterwards."""
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs_are_kept(tmp_path_factory):
+    """On disk, for this worker and what it starts: most of what tests compile is compiled again, by another test."""
     import jax
 
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [jax.config.values[name] for name in names]
-    # Small programs too: most of what tests compile is small, and compiled again by the next that uses a new object.
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True):
+    folder = str(tmp_path_factory.mktemp("programs"))
+    for name, value in (("jax_compilation_cache_dir", folder), ("jax_persistent_cache_min_compile_time_secs", 0.0)):
         jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="module", autouse=True)

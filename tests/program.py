@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from jaxgpt.environment import DEVICE_COUNT_FLAG
+
 ROOT = Path(__file__).parents[1]
 SMALL = "--model.layers 2 --model.heads 2 --model.width 16 --model.context 16 --data.tokenizer byte --sample-tokens 8"
 
@@ -21,30 +23,41 @@ def write_text(folder: Path, size: int = 6000) -> Path:
     return path
 
 
-def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """The user's environment with `devices` virtual devices, all optimisations on, and a cache of its own."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
-    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
-    return kept | {"JAXGPT_CACHE": str(cache), "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
+def environment(cache: Path, devices: int = 1, optimised: bool = False) -> dict[str, str]:
+    """The user's environment with `devices` virtual devices and a cache of its own.
+
+    Args:
+        optimised: all optimisations on, as the user has them, and programs compiled anew; else compiled quickly, and
+            those that an earlier test compiled are read.
+    """
+    ours = {"NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR"} if optimised else set()
+    flags = [] if optimised else os.environ.get("XLA_FLAGS", "").split()
+    flags = [flag for flag in flags if not flag.startswith(DEVICE_COUNT_FLAG)]
+    if devices > 1:
+        flags.append(f"{DEVICE_COUNT_FLAG}={devices}")
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
+    return kept | {"JAXGPT_CACHE": str(cache), "XLA_FLAGS": " ".join(flags), "PYTHONUNBUFFERED": "1"}
 
 
-def start(arguments: str, cache: Path, devices: int = 1, cwd: Path = ROOT) -> subprocess.Popen[str]:
+def start(
+    arguments: str, cache: Path, devices: int = 1, cwd: Path = ROOT, optimised: bool = False
+) -> subprocess.Popen[str]:
     """Start `python train.py ARGUMENTS` (or `jaxgpt ARGUMENTS` where they begin with another verb)."""
     words = arguments.split()
     command = ["-m", "jaxgpt", *words] if words[0] == "generate" else [str(ROOT / "train.py"), *words]
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=cwd,
-        env=environment(cache, devices) | {"PYTHONPATH": str(ROOT)},
+        env=environment(cache, devices, optimised) | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(arguments: str, cache: Path, devices: int = 1, code: int = 0, cwd: Path = ROOT) -> tuple[str, str]:
+def run(arguments: str, cache: Path, devices: int = 1, code: int = 0, optimised: bool = False) -> tuple[str, str]:
     """Run to the end, check the exit code, return what was printed to the two streams."""
-    process = start(arguments, cache, devices, cwd)
+    process = start(arguments, cache, devices, optimised=optimised)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err

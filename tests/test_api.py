@@ -16,9 +16,6 @@ from jaxgpt.models.gpt import init_parameters
 GREEDY = GenerationConfig(temperature=0.0)
 
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
 def model_with(context=16, **changes):
     """A model with random weights and the byte tokenizer."""
     config = GPTConfig(vocab_size=257, context=context, layers=1, heads=1, width=8, unroll=1, init_std=0.5, **changes)

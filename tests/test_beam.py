@@ -1,6 +1,7 @@
 """Beam search: the best of all texts where it can see all of them, scores that are what they say, ragged batches."""
 
 import dataclasses
+import functools
 import itertools
 
 import flax.struct
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import GenerationConfig, GPTConfig
 from jaxgpt.generation.beam import beam_search, length_divisor
@@ -30,11 +32,7 @@ class Model:
     """A GPT, its decoder, and the log-probabilities of whole texts from the uncached model."""
 
     def __init__(self, words=None):
-        random = np.random.default_rng(1)
-        shapes = jax.eval_shape(lambda: init_parameters(MODEL, jax.random.key(0)))
-        stacked = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jnp.array(random.normal(path[-1].key == "scale", 0.5, leaf.shape), leaf.dtype), shapes
-        )
+        stacked = drawn(functools.partial(init_parameters, MODEL), 1)
         stacked["final_norm"]["bias"] *= 0.2  # so that what comes depends on what was, and no token is sure
         if words is not None:  # one hidden number is always one, and is a hundred less for every other token
             norm = stacked["final_norm"]

@@ -20,7 +20,7 @@ PAIRS += ["--batch-size", "4", "--length", "6", "--steps", "2", "--sentences", "
 def benchmark(cache, *arguments, script="train_step.py", devices=1, code=0):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     # Compiled quickly: what is tested is that the figures hang together, not how great they are.
-    env = environment(cache, devices) | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = environment(cache, devices) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done

@@ -21,8 +21,6 @@ from jaxgpt.data.conversations import Message, encode_prompt
 from jaxgpt.data.tokenizer import byte_tokenizer
 from jaxgpt.models.gpt import init_parameters
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=6)
 CONFIG = GPTConfig(vocab_size=257, context=96, layers=1, heads=2, width=16, init_std=0.5, unroll=1)
 

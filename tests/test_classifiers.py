@@ -24,8 +24,6 @@ from jaxgpt.tasks import finetuning, initial
 from jaxgpt.tasks.classifiers import load_classifier
 from jaxgpt.tasks.trained import Trained, load_pretrained
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 LABELS = ("bad", "fair", "so so", "good")
 FORMS = [
     ({"task": "classification"}, "bytes", {}),

@@ -17,9 +17,6 @@ SMALL |= {"data.tokenizer": "byte", "data.batch-size": 4, "steps": 2, "sample-to
 TINY = [f"--{key}={value}" for key, value in SMALL.items()]
 
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))

@@ -1,17 +1,18 @@
 """Matrices in fewer bits: products of what they hold, whatever the number of rows; near the matrices they came from."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decode import random_parameters
+from drawn import drawn
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.models.blocks import compact_parameters
 from jaxgpt.models.compact import FEW_ROWS, compact, compact_product, take_rows, upcast
-from jaxgpt.models.gpt import GPT, decode_step, next_token_logits, prefill
+from jaxgpt.models.gpt import GPT, decode_step, init_parameters, next_token_logits, prefill
 
 CONFIG = GPTConfig(vocab_size=40, context=8, layers=1, heads=2, width=12, unroll=1, init_std=0.3)
 STEP = {"int8": 0.5 / 127, "bfloat16": 2**-8}  # of rounding, of a row's largest weight
@@ -49,7 +50,7 @@ def test_a_weight_that_is_no_number_is_not_lost(weights):
 @pytest.mark.parametrize(("weights", "tied"), [("int8", True), ("bfloat16", False)])
 def test_a_compact_model_is_near_the_model_and_its_steps_are_its_whole(weights, tied):
     config = dataclasses.replace(CONFIG, tied_head=tied)
-    parameters = random_parameters(config, 0)
+    parameters = drawn(functools.partial(init_parameters, config), std=0.1)
     small = compact_parameters(parameters, weights)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (small["block_0"], parameters["blocks"])]
     assert sizes[0] * 2 < sizes[1] * 3  # columns filled up to 32 included

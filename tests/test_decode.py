@@ -1,11 +1,12 @@
 """Decoding: cache, batch, guesses and lengths change nothing; a seed is a text; the window slides when it is full."""
 
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import GenerationConfig, GPTConfig
 from jaxgpt.generation.decode import Text, bucket, gpt_decoder, guess, padded
@@ -24,12 +25,7 @@ SAMPLED = GenerationConfig(temperature=1.5, seed=3)
 
 
 def random_parameters(config, seed):
-    """Drawn by NumPy, which compiles nothing; biases and norms too are none that have no effect."""
-    random = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.array(random.normal(path[-1].key == "scale", 0.5, leaf.shape), leaf.dtype), shapes
-    )
+    return drawn(functools.partial(init_parameters, config), seed)
 
 
 class Model:

@@ -1,13 +1,13 @@
 """Fine-tuning: the loss and gradients of PyTorch's GPT-2 heads, any batch the same, only what is to change changes."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt import launch
 from jaxgpt.cli import main
@@ -31,8 +31,6 @@ from jaxgpt.storage.weights import export_tensors
 from jaxgpt.tasks import finetuning, initial
 from jaxgpt.tasks.trained import load_pretrained, load_trained
 from jaxgpt.training.report import Reporter
-
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 LABELS = ("bad", "fair", "good")
 MODEL = GPTConfig(vocab_size=29, context=24, layers=2, heads=2, width=12, init_std=0.3, unroll=1)
@@ -63,12 +61,8 @@ def random_batch(config, seed, **kwargs):
     return ExampleBatches(examples, [int(examples.lengths.max())], len(examples), 0, config.class_weights).batch(0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def random_parameters(config, seed=0):
-    """No parameter is 0 or 1, so that each has its part in what comes out."""
-    parameters = initial.separated(config, jax.random.key(seed), None)[0]
-    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(parameters))))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), parameters)
+    return drawn(lambda key: initial.separated(config, key, None)[0], seed, 0.3)
 
 
 def double(config):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.models.blocks import decoding_parameters
@@ -85,12 +86,7 @@ def small(change, dtype="float64"):
 
 
 def random_parameters(config, seed=0):
-    """Drawn by NumPy, which compiles nothing; biases and norms too are none that have no effect."""
-    random = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.array(random.normal(path[-1].key == "scale", 0.5, leaf.shape), leaf.dtype), shapes
-    )
+    return drawn(functools.partial(init_parameters, config), seed)
 
 
 @pytest.mark.parametrize(

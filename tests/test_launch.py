@@ -19,9 +19,6 @@ from jaxgpt.training.step import evaluate_step
 STEPS = 6
 
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
 def make_config(folder, **changes):
     """The training part of the text says nothing of the held-out part, so the held-out loss only rises."""
     text = folder / "text.txt"

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import AdaptConfig, DataConfig, GPTConfig, TrainConfig
 from jaxgpt.data.shards import prepare
-from jaxgpt.models.gpt import GPT, init_parameters, output_head
+from jaxgpt.models.gpt import GPT, output_head
 from jaxgpt.models.losses import unembed
 from jaxgpt.tasks import lm
 from jaxgpt.tasks.lm import LanguageModelling
@@ -44,16 +45,20 @@ def task(config):
     return LanguageModelling(config, prepare(config.data))
 
 
+def parameters_of(task):
+    return drawn(lambda key: task.init(key)[0])
+
+
 def test_it_is_a_task(task):
     assert isinstance(task, Task)
 
 
 def test_the_loss_is_the_cross_entropy(task):
-    parameters = task.init(jax.random.key(0))[0]
+    parameters = parameters_of(task)
     batch = dict(next(task.batches(0, 1)))
     batch["weights"] = np.random.default_rng(0).uniform(0, 2, batch["weights"].shape).astype(np.float32)
-    total, weight = task.loss(parameters, on_device(batch), None)
-    hidden, _ = GPT(MODEL).apply({"params": parameters}, jnp.asarray(batch["tokens"]))
+    total, weight = jax.jit(task.loss)(parameters, on_device(batch), None)
+    hidden, _ = jax.jit(GPT(MODEL).apply)({"params": parameters}, jnp.asarray(batch["tokens"]))
     logits = np.array(unembed(hidden, output_head(parameters)), np.float64)
     expected = 0.0
     for row in range(4):
@@ -67,13 +72,13 @@ def test_the_loss_is_the_cross_entropy(task):
 
 def test_dropout_keys_change_the_loss_and_their_absence_does_not(task):
     model = dataclasses.replace(MODEL, dropout=0.3)
-    parameters = init_parameters(model, jax.random.key(0))
+    parameters = parameters_of(task)
     batch = on_device(next(task.batches(0, 1)))
-    loss = functools.partial(lm.loss, model, AdaptConfig(), parameters, batch)
+    loss = jax.jit(functools.partial(lm.loss, model, AdaptConfig(), parameters, batch))
     without, _ = loss(None)
-    drawn = [float(loss(jax.random.split(jax.random.key(seed), 4))[0]) for seed in (0, 0, 1)]
-    assert float(without) == float(task.loss(parameters, batch, None)[0])
-    assert drawn[0] == drawn[1] and len({*drawn, float(without)}) == 3
+    found = [float(loss(jax.random.split(jax.random.key(seed), 4))[0]) for seed in (0, 0, 1)]
+    assert float(without) == float(jax.jit(task.loss)(parameters, batch, None)[0])
+    assert found[0] == found[1] and len({*found, float(without)}) == 3
 
 
 def test_the_held_out_loss_does_not_depend_on_the_batch_size(config):
@@ -83,7 +88,7 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(config):
             dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size)), text
         )
         evaluate = jax.jit(functools.partial(evaluate_step, sums=task.evaluation_sums))
-        parameters = task.init(jax.random.key(0))[0]
+        parameters = parameters_of(task)
         sums = [evaluate(parameters, batch) for batch in task.evaluation_batches()]
         results.append(np.sum(np.array(sums, np.float64), axis=0))
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
@@ -123,7 +128,7 @@ def test_batches_go_on_where_a_run_stopped(task):
 
 
 def test_a_sample_is_text_that_the_seed_decides(task):
-    parameters = task.init(jax.random.key(0))[0]
+    parameters = parameters_of(task)
     first = "".join(task.sample(parameters))
     assert first and "".join(task.sample(parameters)) == first
 

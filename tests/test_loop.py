@@ -17,8 +17,6 @@ from jaxgpt.training.loop import train
 from jaxgpt.training.parallel import choose_layout
 from jaxgpt.training.report import Reporter
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 class Regression:
     """A task: linear regression, with targets of `bad` steps that are not to be learned from.
@@ -106,7 +104,7 @@ BAD = {3: np.nan, 80: 1e3, 81: 1e3, 93: np.inf}
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, compilation_cache):
+def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     return *run(folder, Regression(BAD)), ending(folder, Regression)
 

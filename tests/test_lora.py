@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import AdaptConfig, GPTConfig, OptimizerConfig, TrainConfig
 from jaxgpt.models.gpt import GPT, init_parameters, output_head
@@ -30,8 +31,8 @@ def logits(config, parameters, tokens):
 
 
 def with_adapter(config, seed=0, *, trained=True):
-    parameters = init_parameters(config, jax.random.key(seed))
-    adapter = init_adapter(config, ADAPT, jax.random.key(seed + 1))
+    parameters = drawn(functools.partial(init_parameters, config), seed, 0.3)
+    adapter = jax.jit(functools.partial(init_adapter, config, ADAPT))(jax.random.key(seed + 1))
     if trained:  # B is no longer zero
         rng = np.random.default_rng(seed)
         adapter = jax.tree.map(lambda x: jnp.array(0.3 * rng.normal(size=x.shape), x.dtype), adapter)
@@ -78,7 +79,7 @@ def test_only_the_chosen_matrices_are_adapted():
     assert set(by_path(adapter)) == {
         f"blocks/{place}/{leaf}" for place in ("attention/out", "mlp/down") for leaf in ("lora_a", "lora_b")
     }
-    parameters = init_parameters(MODEL, jax.random.key(0))
+    parameters = drawn(functools.partial(init_parameters, MODEL))
     assert attach(parameters, adapt) is parameters is fold(parameters, adapt), (
         "without an adapter there is nothing to do"
     )

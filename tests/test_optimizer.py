@@ -79,10 +79,8 @@ def random_tree(seed, scale=1.0, dtype="float64"):
         "norm": (3,),
     }
     leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return tree.unflatten(
-        [scale * jax.random.normal(key, shape, dtype) for key, shape in zip(keys, leaves, strict=True)]
-    )
+    random = np.random.default_rng(seed)
+    return tree.unflatten([jnp.array(random.normal(scale=scale, size=shape), dtype) for shape in leaves])
 
 
 MATRICES = {"blocks": {"kernel": True, "bias": False, "scale": False}, "embedding": True, "norm": False}

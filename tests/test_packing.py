@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import AdaptConfig, GPTConfig
 from jaxgpt.data.batches import Share
@@ -48,7 +49,7 @@ def test_positions_begin_anew_in_each_document():
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_packed_losses_are_those_of_each_alone(x64, form, dtype, bound):
     config = dataclasses.replace(MODEL, **form, parameter_dtype=dtype, compute_dtype=dtype)
-    parameters = init_parameters(config, jax.random.key(0))
+    parameters = drawn(functools.partial(init_parameters, config))
     whole = []
     for together in (True, False):
         batches = PackedBatches(documents(1), 32, 4, 0, together=together)
@@ -62,7 +63,7 @@ def test_packed_losses_are_those_of_each_alone(x64, form, dtype, bound):
 def test_no_document_sees_another(form):
     """Exactly: the derivative of one document's loss by the vectors of another is 0."""
     config = dataclasses.replace(MODEL, **form)
-    parameters = init_parameters(config, jax.random.key(0))
+    parameters = drawn(functools.partial(init_parameters, config))
     segments = jnp.array([[1] * 5 + [2] * 6 + [3] * 4 + [0] * 3])
     # Each place is a token of its own, so the embedding's rows are the places' input vectors.
     places = jnp.arange(18)[None]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import AdaptConfig, GPTConfig, OptimizerConfig, ParallelConfig
 from jaxgpt.data.batches import Share
@@ -33,8 +34,12 @@ def make_batch(step):
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights, "row": row}
 
 
+def initial_parameters():
+    return drawn(functools.partial(init_parameters, MODEL))
+
+
 def initial_state(layout):
-    parameters = init_parameters(MODEL, jax.random.key(0))
+    parameters = initial_parameters()
     state = TrainState(jnp.zeros((), jnp.int32), parameters, OPTIMIZER.init(parameters))
     return jax.device_put(state, layout.shardings(state))
 
@@ -55,7 +60,9 @@ def run(config, steps=3):
 @pytest.mark.parametrize("config", [ParallelConfig("pmap", 2), ParallelConfig("mesh", mesh="data=2,fsdp=2,tensor=2")])
 def test_for_decoding_every_array_is_whole(config):
     state = initial_state(choose_layout(config, ROWS))
-    wanted, found = (jax.tree.leaves(tree) for tree in (init_parameters(MODEL, jax.random.key(0)), state.parameters))
+    wanted, found = (
+        jax.tree.leaves(tree) for tree in (drawn(functools.partial(init_parameters, MODEL)), state.parameters)
+    )
     assert config.mesh is None or any(not leaf.is_fully_replicated for leaf in found)
     for one, other in zip(wanted, jax.tree.leaves(parallel.on_one_device(state.parameters)), strict=True):
         assert other.devices() == {jax.local_devices()[0]}

@@ -10,8 +10,6 @@ from jaxgpt.apps.sentiment import Classifier
 from jaxgpt.cli import main
 from jaxgpt.config import ExamplesConfig, FinetuneConfig, GPTConfig, OptimizerConfig, ParallelConfig
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 TEXTS = ["so very good", "bad", "  ", "good and bad and good and bad and good and bad and good and bad", "x", ""]
 
 

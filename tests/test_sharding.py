@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import GPTConfig, OptimizerConfig, TransformerConfig
 from jaxgpt.models import gpt, sharding, transformer
@@ -28,8 +29,8 @@ MAKE = {
 )
 def test_bytes_of_a_device_fall_with_fsdp_times_tensor(kind, shape):
     """Matrices and their moments are cut; vectors stay whole, or are cut where a head or a hidden unit owns them."""
-    parameters = MAKE[kind](jax.random.key(0))
-    state = {"parameters": parameters, "moments": make_optimizer(OptimizerConfig(), 1).init(parameters)}
+    parameters = jax.eval_shape(MAKE[kind], jax.random.key(0))
+    state = {"parameters": parameters, "moments": jax.eval_shape(make_optimizer(OptimizerConfig(), 1).init, parameters)}
     shardings = state_shardings(state, make_mesh(shape, jax.devices()))
     cut = shape.get("fsdp", 1) * shape.get("tensor", 1)
     for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
@@ -44,7 +45,7 @@ def test_bytes_of_a_device_fall_with_fsdp_times_tensor(kind, shape):
 
 @pytest.mark.parametrize("shape", ["fsdp=8", "data=2,tensor=4", "data=2,fsdp=2,tensor=2"])
 def test_the_encoder_decoder_over_a_mesh_computes_the_same(shape):
-    parameters = MAKE["pair"](jax.random.key(0))
+    parameters = drawn(MAKE["pair"], std=0.2)
     random = np.random.default_rng(0)
     source, target, targets = random.integers(0, 32, (3, 8, 7)).astype(np.int32)
     batch = {

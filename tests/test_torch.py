@@ -20,9 +20,6 @@ SEEDS = range(10)
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "tanh")
 
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
 def random_model(seed):
     """A GPT-2 of a random shape with every field of its config drawn; seed 10 is the first GPT."""
     rng = np.random.default_rng(seed)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import TransformerConfig, transformer_size
 from jaxgpt.models import transformer
@@ -21,7 +22,7 @@ from jaxgpt.training.metrics import count_parameters
 prefill = jax.jit(transformer.prefill, static_argnums=(0, 1, 5))
 decode_step = jax.jit(transformer.decode_step, static_argnums=0)
 sums = jax.jit(translation.sums, static_argnums=(0, 1))
-loss = jax.jit(translation.loss, static_argnums=(0, 1))
+map_of = jax.jit(attention_map, static_argnums=0)
 
 SMOOTHING = 0.1
 SMALL = TransformerConfig(
@@ -31,12 +32,8 @@ DOUBLE = dataclasses.replace(SMALL, parameter_dtype="float64", compute_dtype="fl
 FORMS = [{}, {"norm": "pre"}, {"positions": "learned", "bias": False}]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def random_parameters(config, seed=0):
-    """No parameter is 0 or 1, so that each has its part in what comes out."""
-    parameters = init_parameters(config, jax.random.key(seed))
-    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(parameters))))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), parameters)
+    return drawn(functools.partial(init_parameters, config), seed, 0.3)
 
 
 def random_batch(config, seed, rows=4, source=9, target=7):
@@ -169,7 +166,7 @@ def test_it_is_torchs_transformer(norm, seed):
     real = np.array(batch["weights"], bool)
     theirs = peer.hidden(batch).detach().numpy()
     np.testing.assert_allclose(hidden_states(config, parameters, batch)[real], theirs[real], atol=1e-5)
-    ours = jax.grad(lambda p: loss(config, SMOOTHING, p, batch, None)[0])(parameters)
+    ours = jax.jit(jax.grad(lambda p: translation.loss(config, SMOOTHING, p, batch, None)[0]))(parameters)
     for name, gradient in peer.gradients(batch).items():
         own = peer._of(ours, *peer.names[name])
         apart = np.linalg.norm(own - gradient) / max(np.linalg.norm(gradient), 1e-3)
@@ -238,7 +235,8 @@ def test_no_position_sees_a_later_one_or_padding(x64, form):
     config = dataclasses.replace(DOUBLE, **form)
     parameters, batch = random_parameters(config), random_batch(config, 4)
     model, place = Transformer(config), 3
-    encoded = model.apply({"params": parameters}, batch["source"], mask_of(batch), method="encode")
+    encode = jax.jit(functools.partial(model.apply, method="encode"))
+    encoded = encode({"params": parameters}, batch["source"], mask_of(batch))
 
     def output(embedding, source):
         # Each place of the target is a token of its own, so the embedding's rows are the target's inputs.
@@ -247,7 +245,9 @@ def test_no_position_sees_a_later_one_or_padding(x64, form):
         hidden, _ = model.apply({"params": changed}, target, source[:1], mask_of(batch)[:1], method="decode")
         return jnp.sum(jnp.sin(hidden[0, place]))
 
-    of_target, of_source = jax.grad(output, argnums=(0, 1))(parameters["token_embedding"]["embedding"], encoded)
+    of_target, of_source = jax.jit(jax.grad(output, argnums=(0, 1)))(
+        parameters["token_embedding"]["embedding"], encoded
+    )
     seen = np.abs(of_target).sum(axis=1) > 0
     assert seen[: place + 1].all() and not seen[place + 1 :].any()
     real = np.array(mask_of(batch))[0]
@@ -258,17 +258,18 @@ def test_gradients_are_finite_differences(x64):
     parameters, batch = random_parameters(DOUBLE), random_batch(DOUBLE, 5)
 
     def total(parameters):
-        return loss(DOUBLE, SMOOTHING, parameters, batch, None)[0]
+        return translation.loss(DOUBLE, SMOOTHING, parameters, batch, None)[0]
 
     rng, step = np.random.default_rng(0), 1e-6
     total = jax.jit(total)
     gradients = jax.jit(jax.grad(total))(parameters)
-    direction = jax.tree.map(lambda x: jnp.array(rng.normal(size=x.shape)), parameters)
+    parameters, gradients = jax.tree.map(np.array, (parameters, gradients))
+    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), parameters)
 
     def moved(by):
         return total(jax.tree.map(lambda p, d: p + by * d, parameters, direction))
 
-    expected = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True))
+    expected = sum(np.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True))
     np.testing.assert_allclose((moved(step) - moved(-step)) / (2 * step), expected, rtol=1e-6)
 
 
@@ -296,10 +297,10 @@ def test_attention_is_shared_out_over_the_source(x64):
     parameters = random_parameters(DOUBLE)
     rng = np.random.default_rng(7)
     source, target = (jnp.array(rng.integers(0, 23, size)) for size in (5, 4))
-    weights = attention_map(DOUBLE, parameters, source, target)
+    weights = map_of(DOUBLE, parameters, source, target)
     assert weights.shape == (2, 2, 4, 5)  # L N T S
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-12)
-    longer = attention_map(DOUBLE, parameters, source, jnp.concatenate([target, target]))
+    longer = map_of(DOUBLE, parameters, source, jnp.concatenate([target, target]))
     np.testing.assert_allclose(longer[:, :, :4], weights, rtol=1e-10)
 
 
@@ -323,7 +324,7 @@ def test_it_starts_out_knowing_little():
 
 
 def test_what_does_not_fit_is_refused():
-    parameters = init_parameters(SMALL, jax.random.key(0))
+    parameters = random_parameters(SMALL)
     batch = random_batch(SMALL, 9, source=25)
     with pytest.raises(ValueError, match="25 tokens do not fit a context of 24"):
         hidden_states(SMALL, parameters, batch)

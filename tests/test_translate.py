@@ -1,12 +1,14 @@
 """Translating many sentences: each as it would be alone, in the order they came in, never longer than its limit."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt.config import GenerationConfig, TransformerConfig
 from jaxgpt.generation import translate
@@ -34,11 +36,7 @@ def float64():
 @pytest.fixture(scope="module")
 def model(float64):
     """Random weights, not trained; the end token is likely now and then."""
-    rng = np.random.default_rng(SEED)
-    shapes = jax.eval_shape(lambda: init_parameters(MODEL, jax.random.key(0)))
-    parameters = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.array(rng.normal(path[-1].key == "scale", 0.7, leaf.shape), leaf.dtype), shapes
-    )
+    parameters = drawn(functools.partial(init_parameters, MODEL), SEED, 0.7)
     parameters["decoder"]["final_norm"]["bias"] *= 0.1  # so that what comes depends on what was, and no token is sure
     return parameters
 

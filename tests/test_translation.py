@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from jaxgpt import launch
 from jaxgpt.config import (
@@ -33,8 +34,6 @@ from jaxgpt.tasks.trained import load_trained
 from jaxgpt.tasks.translation import Translation
 from jaxgpt.training.report import Reporter
 from jaxgpt.training.task import Task
-
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 MODEL = TransformerConfig(
     vocab_size=257, context=24, heads=2, width=8, hidden=16, encoder_layers=1, decoder_layers=1, dropout=0.0,
@@ -64,6 +63,10 @@ def numbers(*values):
     return [np.array(value) for value in values]
 
 
+def parameters_of(task):
+    return drawn(lambda key: task.init(key)[0], std=0.2)
+
+
 def rows_of(batch, rows):
     """Some rows of a batch, in any order."""
     return {name: jnp.asarray(values[rows]) for name, values in batch.items()}
@@ -85,9 +88,9 @@ def test_it_is_a_task():
 def test_the_sums_are_those_of_the_formula(x64):
     """Divergence of the smoothed target from what the model says, and minus the log-probability of the target."""
     task, batch = make_task(model=DOUBLE), a_batch()
-    parameters = task.init(jax.random.key(0))[0]
+    parameters = parameters_of(task)
     mask = np.arange(batch["source"].shape[1]) < batch["source_length"][:, None]
-    hidden = Transformer(DOUBLE).apply({"params": parameters}, batch["source"], mask, batch["target"])
+    hidden = jax.jit(Transformer(DOUBLE).apply)({"params": parameters}, batch["source"], mask, batch["target"])
     logits = np.array(unembed(hidden, output_head(parameters)))
     divergence = nll = 0.0
     for row, place in np.ndindex(batch["targets"].shape):
@@ -98,13 +101,13 @@ def test_the_sums_are_those_of_the_formula(x64):
         divergence += weight * (wanted * (np.log(wanted) - logprobs)).sum()
         nll -= weight * logprobs[batch["targets"][row, place]]
     expected = (divergence, float(batch["weights"].sum()), nll)
-    np.testing.assert_allclose(task.evaluation_sums(parameters, batch), expected, rtol=1e-10)
-    np.testing.assert_allclose(task.loss(parameters, batch, None), expected[:2], rtol=1e-10)
+    np.testing.assert_allclose(jax.jit(task.evaluation_sums)(parameters, batch), expected, rtol=1e-10)
+    np.testing.assert_allclose(jax.jit(task.loss)(parameters, batch, None), expected[:2], rtol=1e-10)
 
 
 def sums_and_gradients(task):
     """A function of (batch, keys): everything that is added up over the parts of a batch, as one flat list."""
-    program, parameters = jax.jit(jax.value_and_grad(task.loss, has_aux=True)), task.init(jax.random.key(0))[0]
+    program, parameters = jax.jit(jax.value_and_grad(task.loss, has_aux=True)), parameters_of(task)
     return lambda batch, keys=None: [np.asarray(leaf) for leaf in jax.tree.leaves(program(parameters, batch, keys))]
 
 
@@ -121,10 +124,10 @@ def test_sums_add_up_over_any_split_of_the_batch(x64):
 
 def test_dropout_follows_the_keys_alone(x64):
     task, batch = make_task(model=dataclasses.replace(DOUBLE, dropout=0.3)), a_batch()
-    parameters = task.init(jax.random.key(0))[0]
+    parameters = parameters_of(task)
     loss = jax.jit(lambda keys: task.loss(parameters, batch, keys)[0])
     drawn = [float(loss(jax.random.split(jax.random.key(seed), 8))) for seed in (0, 0, 1)]
-    without = float(task.loss(parameters, batch, None)[0])
+    without = float(loss(None))
     assert drawn[0] == drawn[1] and len({*drawn, without}) == 3
 
 
@@ -163,7 +166,7 @@ def test_evaluation_does_not_depend_on_the_batches(x64):
     for tokens, buckets, multiple in [(50, 1, 1), (100, 3, 2), (1_000, 2, 8)]:
         data = PairsConfig(batch_tokens=tokens, buckets=buckets, row_multiple=multiple)
         task = make_task(model=DOUBLE, data=data)
-        parameters, program = task.init(jax.random.key(0))[0], jax.jit(task.evaluation_sums)
+        parameters, program = parameters_of(task), jax.jit(task.evaluation_sums)
         results.append(np.sum([program(parameters, batch) for batch in task.evaluation_batches()], axis=0))
     for result in results:
         np.testing.assert_allclose(result, results[0], rtol=1e-10)
@@ -172,9 +175,9 @@ def test_evaluation_does_not_depend_on_the_batches(x64):
 
 def test_perplexity_is_unsmoothed_and_the_loss_is_smoothed():
     task = make_task(validation_sentences=0)
-    metrics = task.evaluation_metrics(numbers(60.0, 40.0, 20.0), task.init(jax.random.key(0))[0])
+    metrics = task.evaluation_metrics(numbers(60.0, 40.0, 20.0), parameters_of(task))
     assert metrics == {"eval/loss": 1.5, "eval/perplexity": pytest.approx(math.exp(0.5))}
-    hopeless = task.evaluation_metrics(numbers(1e6, 1.0, 1e6), task.init(jax.random.key(0))[0])
+    hopeless = task.evaluation_metrics(numbers(1e6, 1.0, 1e6), parameters_of(task))
     assert math.isfinite(hopeless["eval/perplexity"])
 
 
@@ -182,7 +185,7 @@ def test_perplexity_is_unsmoothed_and_the_loss_is_smoothed():
 def test_scores_are_of_the_first_held_out_sentences(count):
     """The references are what the model says, but for every third sentence."""
     task, held_out = make_task(), random_pairs(1, 20)
-    parameters = task.init(jax.random.key(0))[0]
+    parameters = parameters_of(task)
     separator = byte_tokenizer().separator
     greedy = GenerationConfig(temperature=0.0, early_stopping="true")
     decoder, sources = translation_decoder(MODEL, separator), [source.tolist() for source in held_out.source]
@@ -290,10 +293,7 @@ def test_what_is_left_out_is_said(tmp_path):
     (tmp_path / "more.tsv").write_text(f"a\tb\n\tnothing\n{'long ' * 60}\tlang\n", "utf-8")
     result, said = prepared(with_data(config, validation=(str(tmp_path / "more.tsv"),)))
     assert len(said) == 2 and all(line.startswith("held out: 1 of 3 pairs left out") for line in said)
-    assert (
-        result.task.evaluation_metrics(numbers(1.0, 1.0, 1.0), result.task.init(jax.random.key(0))[0])["eval/loss"]
-        == 1.0
-    )
+    assert result.task.evaluation_metrics(numbers(1.0, 1.0, 1.0), parameters_of(result.task))["eval/loss"] == 1.0
     with pytest.raises(ValueError, match=r"no pair is left: training: .* source has more than 1 tokens"):
         prepared(with_data(config, max_source=1))
 

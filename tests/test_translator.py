@@ -35,7 +35,7 @@ SIZE = {"encoder_layers": 1, "decoder_layers": 2, "width": 16, "hidden": 32, "he
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, compilation_cache):
+def run(tmp_path_factory):
     """A run of a few steps: a translator that says something, if not the right thing."""
     folder = tmp_path_factory.mktemp("translator")
     pairs = phrases()[0][:300]
@@ -269,7 +269,7 @@ def test_bad_input_is_one_line(run, tmp_path_factory, capsys, gpt_run, arguments
 
 
 @pytest.fixture(scope="module")
-def gpt_run(tmp_path_factory, compilation_cache):
+def gpt_run(tmp_path_factory):
     """A language model's run."""
     folder = tmp_path_factory.mktemp("gpt")
     (folder / "text.txt").write_text("the quick brown fox\n" * 50)
