@@ -96,7 +96,7 @@ def test_a_run_leaves_every_file(tmp_path, cache, text):
 
 def test_a_run_ends_by_the_clock_with_its_schedule_at_the_end(tmp_path, cache, text):
     """The rate falls with the share of the time used: the last steps of a short budget are annealed."""
-    flags = f"--steps 1000000 --max-seconds 6 --eval-interval 1000000 --out {tmp_path / 'run'} --tensorboard"
+    flags = f"--steps 1000000 --max-seconds 20 --eval-interval 1000000 --out {tmp_path / 'run'} --tensorboard"
     run(f"{SMALL} --data.path {text} {flags}", cache)
     steps = metrics(tmp_path / "run")
     assert 0 < max(steps) < 1_000_000

@@ -150,8 +150,8 @@ class _Loop:
             return self._interrupted(state, step)
         elif not step:  # by the clock alone
             raise ValueError(
-                f"no step was made in max-seconds {config.max_seconds}: the first evaluation and the last alone take "
-                f"about {self.seconds + self.evaluation_seconds:.1f} seconds; give more, with --resume or another --out"
+                f"no step was made in max-seconds {config.max_seconds}: the first evaluation, and as much for the last,"
+                f" are {self.seconds + self.evaluation_seconds:.1f} seconds; give more, with --resume or another --out"
             )
         return self._finish(state, step)
 
