@@ -46,14 +46,6 @@ def shortened(line):
         line = re.sub(r"--steps \d+", "", line) + f" --steps {steps} {small}"
     if "benchmarks/train_step" in line:
         line += " --steps 2"
-    if "benchmarks/generate" in line:
-        line += " --size tiny --vocab-size 300 --batch 1 --prompt-tokens 4 --new-tokens 4 --rounds 1"
-    if "benchmarks/translate" in line:
-        line += " --vocab-size 300 --batch-size 8 --steps 1 --sentences 2 --new-tokens 4 --rounds 1"
-    if "benchmarks/attention" in line:
-        line += " --lengths 8 --heads 1 --rounds 1"
-    if "benchmarks/finetune" in line:
-        line += " --size tiny --vocab-size 300 --batch-size 2 --length 8 --steps 1 --rounds 1"
     return line
 
 
