@@ -1,16 +1,14 @@
 """Eight virtual devices stand in for accelerators; annotations of shapes and dtypes are checked on every call."""
 
-import importlib.metadata
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+from program import DEVICE_COUNT_FLAG, PLAIN_FUSIONS
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}=8 {PLAIN_FUSIONS}".strip()
 
 # Most of a test's time is compilation. What is tested is what a program computes, not how fast; some of the
 # whole-program tests run with everything on.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# The older way to compile fusions takes a third of the time. An XLA that does not know a flag would abort.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # The hub's library reads this when it is imported; no test may ask the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,6 +50,8 @@ def compiled_programs_are_kept(tmp_path_factory):
     """On disk, for this worker and what it starts: most of what tests compile is compiled again, by another test."""
     import jax
 
+    jax.devices()  # XLA reads its flags; libtpu, which a test loads, reads them too, and aborts at one that it lacks
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(PLAIN_FUSIONS, "").strip()
     folder = str(tmp_path_factory.mktemp("programs"))
     for name, value in (("jax_compilation_cache_dir", folder), ("jax_persistent_cache_min_compile_time_secs", 0.0)):
         jax.config.update(name, value)

@@ -41,7 +41,7 @@ def train(arguments: str, plan: Sequence[int], steps: int, out: Path, cache: Pat
     for part, devices in enumerate(plan, 1):
         budget = f"--steps {steps * part // len(plan)} --eval-interval {steps // 6}"  # so that no part ends between two
         begin = f"{arguments} {COMMON}" if part == 1 else "--resume --quiet"
-        run(f"{begin} {budget} --out {out}", cache, devices)
+        run(f"{begin} {budget} --out {out}", cache, devices, optimised=True)
 
 
 def digest(out: Path, step: int) -> tuple[str, str]:

@@ -6,11 +6,10 @@ import queue
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-from program import SMALL, end_two, free_port, metrics, run, start, start_two, write_text
+from program import SMALL, end_two, free_port, metrics, run, start, start_two, wait_for, write_text
 
 from jaxgpt.config import HostsConfig, TrainConfig, TranslationConfig, flatten
 from jaxgpt.hosts import GONE, Hosts, connect, detected, without_hosts
@@ -61,11 +60,6 @@ def test_a_signal_to_one_stops_both_at_a_step_and_one_that_is_killed_ends_the_ot
     out, _ = run(f"--out {folder} --resume --steps {later + 60}", cache)
     assert f"resuming at step {later:,}" in out or f"resuming at step {later + 50:,}" in out
     assert list(metrics(folder)) == list(range(1, later + 61))
-
-
-def wait_for(processes, path: Path) -> None:
-    while not path.exists():
-        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
 
 
 def test_processes_that_do_not_belong_together_end_with_a_line_of_the_first(tmp_path, cache, text):
