@@ -128,8 +128,7 @@ class _Loop:
 
         for batch in self.task.batches(step, config.steps, self.layout.share):
             position = self._position(step)
-            self.stop.at(step)
-            if self.stop.requested or position >= config.steps or self._out_of_patience():
+            if self.stop.ask() or position >= config.steps or self._out_of_patience():
                 break
             state, metrics = self.step_program(state, self.layout.place(batch), np.float32(position))
             step += 1
@@ -270,7 +269,7 @@ class _Loop:
         # Read one by one: with all of them under way at once, simulated devices can wait for each other for ever.
         totals: list[np.ndarray] = []
         for number, batch in enumerate(self.task.evaluation_batches(self.layout.share)):
-            if stop is not None and stop.requested:
+            if stop is not None and stop.ask():
                 return None
             self.watchdog.doing(f"batch {number} of {what}")
             sums = [np.asarray(part, np.float64) for part in jax.device_get(program(parameters, place(batch)))]
