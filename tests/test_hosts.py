@@ -12,7 +12,7 @@ import pytest
 from program import SMALL, end_two, free_port, metrics, run, start, start_two, wait_for, write_text
 
 from jaxgpt.config import HostsConfig, TrainConfig, TranslationConfig, flatten
-from jaxgpt.hosts import GONE, Hosts, connect, detected, without_hosts
+from jaxgpt.hosts import GONE, Hosts, SharedStop, connect, detected, without_hosts
 
 COMMON = f"{SMALL} --model.layers 1 --model.dropout 0.2 --data.batch-size 8 --log-interval 1 --model.vocab-size 258"
 LAUNCHERS = ("SLURM", "OMPI", "KUBERNETES", "JOB_", "TPU_", "JAX_COORDINATOR")
@@ -91,6 +91,23 @@ def test_a_coordinator_that_does_not_answer_is_named(tmp_path, cache, text):
     _, err = waiting[0].communicate(timeout=120)
     assert waiting[0].returncode == 2
     assert err == f"jaxgpt: the coordinator {where} did not answer within 1 s (--hosts.timeout)\n"
+
+
+def test_a_signal_before_the_first_step_of_a_resumed_run_is_not_forgotten(monkeypatch):
+    """JAX has agreed on call 1, as there had been none; whatever the step is, that call is made, and only by the loop.
+
+    Orbax's calls would be of steps, and from a thread of process 0 alone.
+    """
+    from jax.experimental import multihost_utils
+
+    calls = []
+    sync_point = lambda number: calls.append(number) or number == 1  # noqa: E731
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", sync_point)
+    monkeypatch.setattr("jaxgpt.hosts.ending._CALLS", iter(range(1, 9)))
+    with SharedStop() as stop:
+        assert not multihost_utils.reached_preemption_sync_point(500) and calls == []
+        assert stop.ask() and stop.requested and stop.ask() and calls == [1]
+    assert multihost_utils.reached_preemption_sync_point is sync_point
 
 
 class Store:

@@ -1,5 +1,6 @@
 """The loop on a task of a few numbers: what it leaves out, when it saves, how it ends; always the same run again."""
 
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.loop import train
 from jaxgpt.training.parallel import choose_layout
 from jaxgpt.training.report import Reporter
+from jaxgpt.training.watchdog import Watchdog
 
 
 class Regression:
@@ -153,6 +155,24 @@ def test_a_signal_at_any_time_saves_and_the_run_goes_on_as_if_nothing_had_happen
     assert ending(tmp_path, Regression) == unbroken[3]
 
 
+def test_what_a_signal_saved_in_the_row_is_not_called_good(tmp_path):
+    bad = dict.fromkeys(range(30, 40), np.nan)
+    assert run(tmp_path, Regression(bad, signal_at=31))[0].step == 31
+    with pytest.raises(FloatingPointError, match=r"at step 32, .* the last good checkpoint is step 20$"):
+        run(tmp_path, Regression(bad))
+
+
+def test_a_resumed_run_still_knows_how_long_an_evaluation_takes(tmp_path):
+    """Or its schedule would go back where it ends by the clock, and it would end too late."""
+    run(tmp_path, Regression(signal_at=15))
+    saved = json.loads((tmp_path / "checkpoints" / "15" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    seconds = saved["extra"]["evaluation_seconds"]
+    assert 0 < seconds < saved["extra"]["seconds"]
+    run(tmp_path, Regression(signal_at=17))
+    saved = json.loads((tmp_path / "checkpoints" / "17" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    assert saved["extra"]["evaluation_seconds"] == seconds
+
+
 def test_too_many_in_a_row_end_the_run_and_the_good_checkpoints_stay(tmp_path):
     bad = dict.fromkeys(range(30, 40), np.nan)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 32, .* 3 in a row .* checkpoint is step 29"):
@@ -160,6 +180,24 @@ def test_too_many_in_a_row_end_the_run_and_the_good_checkpoints_stay(tmp_path):
     with pytest.raises(FloatingPointError, match="at step 32, "):
         run(tmp_path, Regression(bad), checkpoint_interval=1)  # it is the same run again
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-2:] == [28, 29]
+
+
+def test_the_watchdog_knows_a_save_and_leaves_the_last_one_its_time(tmp_path, monkeypatch):
+    events = []
+
+    class Recorder(Watchdog):
+        def doing(self, what):
+            events.append(what)
+
+        def rest(self):
+            events.append("rest")
+
+    save = Checkpoints.save
+    monkeypatch.setattr("jaxgpt.training.loop.Watchdog", Recorder)
+    monkeypatch.setattr(Checkpoints, "save", lambda *args, **named: (events.append("save"), save(*args, **named)))
+    run(tmp_path, Regression(signal_at=15), checkpoint_interval=10, eval_interval=100)
+    assert [before for before, event in itertools.pairwise(events) if event == "save"] == ["saving step 10", "rest"]
+    assert events[-1] == "rest" and "step 12 " in "".join(events)
 
 
 def test_a_step_brings_nothing_to_the_host_but_its_metrics(tmp_path, monkeypatch):

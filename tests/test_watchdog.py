@@ -28,6 +28,7 @@ threading.Event().wait()
     assert result.returncode == 1 and result.stdout == ""
     assert "nothing was done for 0.2 seconds, in step 7 (batch 6)" in result.stderr
     assert result.stderr.count("most recent call first") >= 3 and "in waits_for_ever" in result.stderr
+    assert result.stderr.count("in waits_for_ever") == 1  # and not a second time while it waits for other hosts
 
 
 def test_a_call_that_keeps_the_interpreter_to_itself_is_ended_too():

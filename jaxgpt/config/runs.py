@@ -82,8 +82,8 @@ class RunConfig:
     patience: int | None = None
     """end early after so many evaluations without a lower held-out loss"""
     watchdog_seconds: float | None = None
-    """end the run, with the stacks of all threads, if no step or evaluation batch ends in so many seconds, compilation
-    included"""
+    """end the run, with the stacks of all threads, if no step, evaluation batch or save ends in so many seconds,
+    compilation included"""
     log_interval: int = 10
     """steps between lines of metrics.jsonl; the first 20 steps are all logged"""
     quiet: bool = False

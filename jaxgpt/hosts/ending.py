@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from jaxgpt.hosts.joining import connect, say_and_leave
 
 PARTING = 5.0  # seconds in which all hosts come to the same error, if it is one of all
 GONE = "another process of this run has ended, or cannot be reached; when all have ended, start all again with --resume"
+_CALLS = itertools.count(1)  # of JAX's sync point, in this process
 # The runtime, once a host is lost, ends the process from a thread of its own, by abort().
 _ABORTED = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
@@ -86,24 +88,33 @@ def _lost_connection(error: Exception) -> bool:
 class SharedStop:
     """`training.stop.Stop` for several hosts: SIGTERM or Ctrl-C at any of them ends all after the same step.
 
-    JAX listens to SIGTERM itself (which excludes a handler of ours) and has all hosts agree on a step.
+    JAX listens to SIGTERM itself (which excludes a handler of ours) and has all hosts agree on a call of its sync
+    point: the one after the last that any of them has made, the first if none has. So calls are numbered from 1, and
+    not by the step; and nobody else may call: Orbax does, from a thread of process 0 alone, with a step that is over.
     """
 
     requested: bool = False
     _asked: bool = False
     _previous: Any = None
+    _jax: Any = None
+    _reached: Callable[[int], bool] | None = None
 
-    def at(self, step: int) -> None:
-        """All hosts are about to begin the step after `step`: decide together whether to."""
-        from jax.experimental import multihost_utils
-
-        self.requested = self.requested or multihost_utils.reached_preemption_sync_point(step)
+    def ask(self) -> bool:
+        """All hosts are about to go on: decide together whether to."""
+        assert self._reached is not None
+        self.requested = self.requested or self._reached(next(_CALLS))
+        return self.requested
 
     def __enter__(self) -> SharedStop:
+        from jax.experimental import multihost_utils
+
+        self._jax, self._reached = multihost_utils, multihost_utils.reached_preemption_sync_point
+        self._jax.reached_preemption_sync_point = lambda step: False
         self._previous = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._jax.reached_preemption_sync_point = self._reached
         signal.signal(signal.SIGINT, self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

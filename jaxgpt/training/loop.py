@@ -128,8 +128,7 @@ class _Loop:
 
         for batch in self.task.batches(step, config.steps, self.layout.share):
             position = self._position(step)
-            self.stop.at(step)
-            if self.stop.requested or position >= config.steps or self._out_of_patience():
+            if self.stop.ask() or position >= config.steps or self._out_of_patience():
                 break
             state, metrics = self.step_program(state, self.layout.place(batch), np.float32(position))
             step += 1
@@ -157,6 +156,7 @@ class _Loop:
 
     def _interrupted(self, state: TrainState, step: int) -> Outcome:
         """Save what there is, if that is not done, and leave."""
+        self.watchdog.rest()  # to be committed may take longer than a step
         if step not in self.checkpoints.steps:
             self._save(state, step)
         self.checkpoints.wait()
@@ -181,6 +181,7 @@ class _Loop:
         self.evaluation, self.evaluated = extra["evaluation"], extra["evaluated"]
         self.best, self.fruitless = extra["best"], extra["fruitless"]
         self.skipped.total, self.skipped.in_a_row = extra.get("skipped", (0, 0))
+        self.evaluation_seconds = extra.get("evaluation_seconds", math.inf)
         self.report.say(f"resuming at step {latest:,}")
         step, frozen = self.layout.initial(lambda: (jnp.asarray(latest, jnp.int32), self.initial_frozen()))
         return TrainState(step, trees["parameters"], trees["optimizer"], frozen, trees.get("recent", ()))
@@ -234,7 +235,8 @@ class _Loop:
         if self.skipped.in_a_row == 1:
             self.report.say(f"step {step:,} is left out: {why}")
         if self.skipped.in_a_row >= self.skipped.limit:
-            kept = self.checkpoints.latest_step
+            before = step - self.skipped.in_a_row  # a signal in the row saves too
+            kept = max((saved for saved in self.checkpoints.steps if saved <= before), default=None)
             where = "no checkpoint had been saved yet" if kept is None else f"the last good checkpoint is step {kept}"
             raise FloatingPointError(
                 f"{why} at step {step}, the last of {self.skipped.in_a_row} in a row that were left out: "
@@ -245,6 +247,7 @@ class _Loop:
         if step % self.config.eval_interval == 0:
             self._evaluate(state, step)
         if not self.skipped.in_a_row:  # else the state may be what is wrong, and take a good one's place
+            self.watchdog.doing(f"saving step {step}")
             self._save(state, step)
         self._under_way(step)
         self.last_settled = time.monotonic()
@@ -270,7 +273,7 @@ class _Loop:
         # Read one by one: with all of them under way at once, simulated devices can wait for each other for ever.
         totals: list[np.ndarray] = []
         for number, batch in enumerate(self.task.evaluation_batches(self.layout.share)):
-            if stop is not None and stop.requested:
+            if stop is not None and stop.ask():
                 return None
             self.watchdog.doing(f"batch {number} of {what}")
             sums = [np.asarray(part, np.float64) for part in jax.device_get(program(parameters, place(batch)))]
@@ -282,12 +285,13 @@ class _Loop:
         measured = self.evaluation.get(self.metric, math.nan) if self.evaluated == step else math.nan
         metrics = {self.metric: measured} if math.isfinite(measured) else None
         extra = {"seconds": self.seconds, "evaluation": self.evaluation, "evaluated": self.evaluated}
-        extra |= {"best": self.best, "fruitless": self.fruitless}
+        extra |= {"best": self.best, "fruitless": self.fruitless, "evaluation_seconds": self.evaluation_seconds}
         extra |= {"skipped": [self.skipped.total, self.skipped.in_a_row]}
         self.checkpoints.save(step, _trees(state), metrics=metrics, extra=extra)
 
     def _finish(self, state: TrainState, step: int) -> Outcome:
         """Evaluate, save, show a sample."""
+        self.watchdog.rest()
         measured = self.evaluated == step
         if not measured:
             self._evaluate(state, step)
@@ -296,7 +300,6 @@ class _Loop:
         if not measured or step not in self.checkpoints.steps:
             self._save(state, step)
         parameters = self._average(state, step) if self.config.average > 1 else state.model
-        self.watchdog.rest()
         self.report.finish()
         pieces = self.task.sample(parameters)
         first = next(pieces, None)

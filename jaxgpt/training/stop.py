@@ -18,8 +18,9 @@ class Stop:
     requested: bool = False
     _previous: dict[int, Any] = field(default_factory=dict)
 
-    def at(self, step: int) -> None:
-        """The step after `step` is about to begin; several hosts decide here (see `hosts.SharedStop`)."""
+    def ask(self) -> bool:
+        """Whether to end here; several hosts decide together (see `hosts.SharedStop`)."""
+        return self.requested
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():

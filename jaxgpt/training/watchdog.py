@@ -16,7 +16,7 @@ class Watchdog:
 
     A thread of Python's says what was under way. It cannot run while a hanging call holds the interpreter's lock:
     then `faulthandler`, which needs no lock, prints the stacks alone, `GRACE` seconds later. Either way the process
-    ends at once with exit code 1, and what was committed to disk stays as it was.
+    ends with exit code 1, and what was committed to disk stays as it was.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -63,5 +63,7 @@ class Watchdog:
     def _end(self) -> None:
         message = f"jaxgpt: nothing was done for {self._seconds:g} seconds, in {self._what}; the stacks of all threads:"
         os.write(STDERR, f"\n{message}\n\n".encode())
+        faulthandler.cancel_dump_traceback_later()
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
+        time.sleep(GRACE)  # the end of one host is that of the others: let theirs be printed too
         os._exit(1)
