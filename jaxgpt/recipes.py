@@ -77,9 +77,7 @@ def shakespeare_fast() -> TrainConfig:
     """Shakespeare character by character on a CPU, to a held-out loss of 1.88 as soon as possible.
 
     python train.py shakespeare-fast --data.path tinyshakespeare.txt
-
-    Measured: 1.862 nats a character over the whole last 10% after 230 steps, 18 s on 2 cores with compilation (mean of 3
-    seeds), 0.18 of the time of nanoGPT's CPU recipe in PyTorch.
+    Measured: held-out loss 1.862 nats a character (mean of 3 seeds) after 230 steps, 18 s on 2 cores, compiled anew.
     """
     small = shakespeare_char_cpu()
     return replace(
