@@ -264,7 +264,8 @@ class _Loop:
         self.evaluation_seconds = min(self.evaluation_seconds, time.monotonic() - start)
         self.write({"step": step} | self.evaluation | {"seconds": self.seconds})
         self.report.evaluation(step, self.evaluation)
-        self.run_folder.draw_curves()
+        if step:  # of one point there is nothing to see, and Matplotlib takes a while to import
+            self.run_folder.draw_curves()
 
     def _measure(
         self, parameters: Parameters, what: str, stop: Stop | SharedStop | None = None
