@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxgpt.hosts import Hosts
 from jaxgpt.storage.checkpoint import Checkpoints, checksums
 from jaxgpt.storage.integrity import DamagedCheckpointError, UnknownFormatError
 
@@ -382,6 +384,48 @@ def test_where_none_is_whole_all_stay(tmp_path, saved_three, how):
     with pytest.raises(DamagedCheckpointError, match=f"no checkpoint in {folder} is whole; the checkpoint {folder}/3 "):
         checkpoints.restore_good(shapes_of(make_trees()), device())
     assert checkpoints.steps == [1, 2, 3]
+
+
+def test_where_no_metrics_are_readable_all_stay(tmp_path, saved_three):
+    folder = Path(shutil.copytree(saved_three, tmp_path / "c"))
+    for step in (1, 2, 3):
+        harm(folder / str(step), "metrics")
+    with pytest.raises(DamagedCheckpointError, match="metrics is damaged"):
+        Checkpoints(folder, keep=3, good=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
+
+
+class OneOfTwo(Hosts):
+    """A host that is well, and another that cannot do the action of number `index`."""
+
+    def together(self, action):
+        result, number = action(), next(self.keys)
+        if number == self.index:
+            raise ValueError("process 1: it is not what was saved")
+        return result
+
+
+@pytest.mark.parametrize("fails", range(3), ids=["metadata", "arrays", "checksums"])
+def test_what_one_host_cannot_read_is_read_on_none(saved_three, tmp_path, fails):
+    folder = Path(shutil.copytree(saved_three, tmp_path / "c"))
+    checkpoints = Checkpoints(folder, keep=3, good=True, hosts=OneOfTwo(fails, keys=itertools.count()))
+    assert checkpoints.restore_good(shapes_of(make_trees()), device())[0] == 2
+    assert "process 1: it is not what was saved" in checkpoints.left_out[0]
+
+
+def test_a_save_that_fails_by_a_timeout_is_an_error_like_any_other(tmp_path):
+    """Orbax has limits of its own; this is no wait that was too short."""
+
+    class TooLate:
+        def result(self, timeout):
+            raise TimeoutError("not committed in 1200 seconds")
+
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints._pending, checkpoints._step = TooLate(), 7
+    checkpoints.check()
+    with pytest.raises(OSError, match=r"the checkpoint of step 7 could not be written to .*: not committed in 1200"):
+        checkpoints.wait()
+    checkpoints.close()
 
 
 def test_a_checkpoint_of_another_format_is_said_to_be_that_and_stays(tmp_path, saved_three):

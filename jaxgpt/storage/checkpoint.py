@@ -70,9 +70,11 @@ class Checkpoints:
         self._metric, self._highest, self._hosts = metric, highest, hosts
         self._pending: Any = None
         self.left_out: list[str] = []
-        for step, reason in hosts.of_first([*unreadable_metrics(self.folder, metric).items()]):
+        damaged = dict(hosts.of_first([*unreadable_metrics(self.folder, metric).items()]))
+        readable = bool(damaged) and bool(self._others(*damaged))
+        for step, reason in damaged.items():
             error = DamagedCheckpointError(f"the checkpoint {self.folder / str(step)} cannot be read: {reason}")
-            if not good or not self._others(step):
+            if not good or not readable:
                 raise DamagedCheckpointError(f"{error}{self._way_out(step)}")
             self._set_aside(step, error)
         self._checkpointer = ocp.training.Checkpointer(
@@ -126,9 +128,9 @@ class Checkpoints:
             return
         try:
             self._pending.result(timeout)
-        except TimeoutError:
-            raise
         except Exception as error:
+            if timeout is not None and isinstance(error, TimeoutError):
+                raise  # most likely it is under way; that of a failed save is noticed when it is waited for
             self._pending = None
             with contextlib.suppress(Exception):
                 self._checkpointer.reload()  # it has counted the step as saved since the save began
@@ -197,17 +199,25 @@ class Checkpoints:
             shapes,
             jax.tree.broadcast(shardings, shapes),
         )
-        try:
+
+        def described() -> dict[str, Any]:
             metadata = self._checkpointer.checkpointables_metadata(step)
             custom = check_seal(metadata.custom_metadata)
             measured = next(c.metrics for c in self._checkpointer.checkpoints if c.step == step) or {}
             if custom.get("metrics", measured) != measured:
                 raise DamagedCheckpointError("its metrics are not what was saved")
             check_fit(by_path(shapes), by_path(metadata.metadata), custom["checksums"], set(shapes))
-            trees = self._hosts.together(lambda: self._checkpointer.load_checkpointables(step, targets))
+            return custom
+
+        def compared() -> None:
             for name, checksum in checksums(trees).items():
                 if custom["checksums"].get(name) != checksum:
                     raise DamagedCheckpointError(f"{name} does not have the checksum it was saved with")
+
+        try:  # what one host cannot read is read on none, or they would go on with different checkpoints
+            custom = self._hosts.together(described)
+            trees = self._hosts.together(lambda: self._checkpointer.load_checkpointables(step, targets))
+            self._hosts.together(compared)
         except Exception as error:
             why = f"a file in it is damaged ({root_cause(error)})"
             kind: type[ValueError] = DamagedCheckpointError
@@ -266,9 +276,9 @@ class Checkpoints:
             total = wide if total is None else jax.tree.map(jnp.add, total, wide)
         return jax.tree.map(lambda leaf, shape: (leaf / len(steps)).astype(shape.dtype), total, shapes), len(steps)
 
-    def _others(self, step: int) -> list[int]:
+    def _others(self, *steps: int) -> list[int]:
         names = [path.name for path in self.folder.iterdir()]
-        return [int(name) for name in names if name.isdecimal() and int(name) != step]
+        return [int(name) for name in names if name.isdecimal() and int(name) not in steps]
 
     def _way_out(self, step: int) -> str:
         others = self._others(step)
