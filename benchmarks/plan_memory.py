@@ -1,7 +1,8 @@
 """Is what `jaxgpt plan` predicts what a run takes: `python benchmarks/plan_memory.py [--recipes NAME ...] [--json]`.
 
 Each recipe's step is planned for one device of this machine (as by `--topology local`: by the compiler, and by formula)
-and then runs, both in processes of their own; of the second the peak memory is measured.
+and then runs, both in processes of their own; of the second the peak memory is measured. Freed memory is not kept
+there, as `train.py` does: what is kept depends on how it was broken up, and is up to as much again.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def compare(config: TrainConfig) -> dict[str, Any]:
         compiled, by_formula = worker.call()
     tokens = np.zeros((config.data.batch_size, config.sequence_length + 1), np.int32)
     one = replace(config, parallel=replace(config.parallel, strategy="single", devices=1))
-    with Worker(train_step.our_step, one, tokens, False) as worker:
+    with Worker(step, one, tokens) as worker:
         worker.call()
         measured, probe = train_step.measured_memory(worker)
         facts = worker.facts
@@ -59,6 +60,11 @@ def compare(config: TrainConfig) -> dict[str, Any]:
     result = {"planned": compiled, "by_formula": by_formula, "measured": measured, "probe": probe}
     result |= {name: facts[name] for name in ("environment", "parameters", "state_bytes")}
     return result | {"error": compiled / measured - 1, "error_by_formula": by_formula / measured - 1}
+
+
+def step(config: TrainConfig, tokens: np.ndarray) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """A function that runs one step of the program itself, and what is known before it runs."""
+    return train_step.our_steps(config, tokens, share=False, keep=False)[:2]
 
 
 def planned(config: TrainConfig) -> tuple[Callable[[], tuple[float, float]], dict[str, Any]]:

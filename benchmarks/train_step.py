@@ -107,10 +107,11 @@ def our_step(
 
 
 def our_steps(
-    config: TrainConfig, tokens: np.ndarray, share: bool
+    config: TrainConfig, tokens: np.ndarray, share: bool, keep: bool = True
 ) -> tuple[Callable[[], dict[str, Any]], dict[str, Any], Callable[[], TrainState]]:
-    """As `our_step`, and a function for the state that the steps have come to."""
-    keep_freed_memory()
+    """As `our_step`, and a function for the state that the steps have come to; `keep`: freed memory, as `train.py`."""
+    if keep:
+        keep_freed_memory()
     layout = choose_layout(config.parallel, config.data.batch_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = functools.partial(
