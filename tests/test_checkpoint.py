@@ -302,8 +302,12 @@ def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
-def test_a_failed_save_is_an_error_and_the_one_before_is_good(tmp_path):
-    """The disk is full (a limit on the size of files): OSError, at the latest when waiting; step 1 stays."""
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_failed_save_is_an_error_and_the_one_before_is_good(tmp_path, step):
+    """The disk is full (a limit on the size of files): OSError, at the latest when waiting; step 1 stays.
+
+    Also where it was to be replaced.
+    """
     program = f"""
 import resource, jax, jax.numpy as jnp
 from jaxgpt.storage.checkpoint import Checkpoints
@@ -314,7 +318,7 @@ checkpoints.wait()
 big = {{"a": jax.random.normal(key, (1_000_000,))}}
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 try:
-    checkpoints.save(2, big, metrics=None, extra={{}})
+    checkpoints.save({step}, big, metrics=None, extra={{}})
     while True:
         checkpoints.check()  # it is noticed without a second save
 except OSError as error:
@@ -323,7 +327,7 @@ print("steps:", checkpoints.steps)
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f"failed: the checkpoint of step 2 could not be written to {tmp_path / 'c'}: " in result.stdout
+    assert f"failed: the checkpoint of step {step} could not be written to {tmp_path / 'c'}: " in result.stdout
     assert "steps: [1]" in result.stdout  # and what failed is no checkpoint
     small = {"a": jax.random.normal(jax.random.key(0), (10,))}
     checkpoints = Checkpoints(tmp_path / "c")
@@ -332,6 +336,22 @@ print("steps:", checkpoints.steps)
     checkpoints.save(2, small, metrics=None, extra={})
     checkpoints.close()
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["2"]
+
+
+def test_a_checkpoint_is_saved_again_and_one_that_was_not_is_put_back(tmp_path):
+    save(tmp_path, [1.0, 2.0])
+    save(tmp_path, [3.0], start=2)
+    assert [path.name for path in tmp_path.iterdir() if "." in path.name] == []
+    old, new = tmp_path / "2", tmp_path / "2.replaced"
+    old.rename(new)  # as where a process was killed before the new one was there
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest_step == 2 and not new.exists()
+    checkpoints.close()
+    shutil.copytree(old, new)  # or after
+    checkpoints = Checkpoints(tmp_path)
+    assert_bit_equal(checkpoints.restore(2, shapes_of(make_trees(2)), device())[0], make_trees(2))
+    checkpoints.close()
+    assert not new.exists()
 
 
 def flip(file):
@@ -408,7 +428,9 @@ class OneOfTwo(Hosts):
 @pytest.mark.parametrize("fails", range(3), ids=["metadata", "arrays", "checksums"])
 def test_what_one_host_cannot_read_is_read_on_none(saved_three, tmp_path, fails):
     folder = Path(shutil.copytree(saved_three, tmp_path / "c"))
-    checkpoints = Checkpoints(folder, keep=3, good=True, hosts=OneOfTwo(fails, keys=itertools.count()))
+    checkpoints = Checkpoints(
+        folder, keep=3, good=True, hosts=OneOfTwo(fails, keys=itertools.count(-1))
+    )  # the first is opening
     assert checkpoints.restore_good(shapes_of(make_trees()), device())[0] == 2
     assert "process 1: it is not what was saved" in checkpoints.left_out[0]
 

@@ -70,6 +70,8 @@ class Checkpoints:
         self._metric, self._highest, self._hosts = metric, highest, hosts
         self._pending: Any = None
         self.left_out: list[str] = []
+        if not read_only:
+            hosts.together(self._put_back if hosts.first else lambda: None)
         damaged = dict(hosts.of_first([*unreadable_metrics(self.folder, metric).items()]))
         readable = bool(damaged) and bool(self._others(*damaged))
         for step, reason in damaged.items():
@@ -86,7 +88,7 @@ class Checkpoints:
     def save(self, step: int, trees: Trees, *, metrics: dict[str, float] | None, extra: dict[str, Any]) -> None:
         """Start saving `trees` as `step`; their arrays may be donated as soon as this returns.
 
-        A checkpoint of that step that is there already is replaced, not atomically: those before it stay meanwhile.
+        A checkpoint N of that step that is there already is N.replaced until it is, and put back if it is not.
 
         Args:
             trees: named pytrees of arrays, each of which can be restored without the others.
@@ -96,13 +98,15 @@ class Checkpoints:
         Raises:
             OSError: this save or the one before could not be written; what was committed before is untouched.
         """
-        self.wait()
+        if step in self.steps:
+            self._put_by(step)
         custom = sealed({"checksums": checksums(trees), "extra": extra, "metrics": metrics or {}})
         try:
             self._pending = self._checkpointer.save_checkpointables_async(
-                step, trees, metrics=metrics, custom_metadata=custom, force=True, overwrite=step in self.steps
+                step, trees, metrics=metrics, custom_metadata=custom, force=True
             )
         except Exception as error:
+            self._failed()
             raise self._write_error(step, error) from error
         self._step = step
 
@@ -132,12 +136,33 @@ class Checkpoints:
             if timeout is not None and isinstance(error, TimeoutError):
                 raise  # most likely it is under way; that of a failed save is noticed when it is waited for
             self._pending = None
-            with contextlib.suppress(Exception):
-                self._checkpointer.reload()  # it has counted the step as saved since the save began
+            self._failed()
             raise self._write_error(self._step, error) from error
         self._pending = None
         if self._hosts.first:
-            shutil.rmtree(self._damaged(self._step), ignore_errors=True)
+            for place in (self._damaged(self._step), self._replaced(self._step)):
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _failed(self) -> None:
+        """What a save that failed was to replace is there again."""
+        with contextlib.suppress(Exception):
+            if self._hosts.first:
+                self._put_back()
+            self._checkpointer.reload()  # it has counted the step as saved since the save began
+
+    def _put_by(self, step: int) -> None:
+        def move() -> None:
+            (self.folder / str(step)).rename(self._replaced(step))
+
+        self._hosts.together(move if self._hosts.first else lambda: None)
+        self._checkpointer.reload()
+
+    def _put_back(self) -> None:
+        for place in self.folder.glob("*.replaced"):
+            if (self.folder / place.stem).exists():
+                shutil.rmtree(place)
+            else:
+                place.rename(self.folder / place.stem)
 
     def close(self) -> None:
         """Wait for the save under way, then let go of the folder."""
@@ -261,6 +286,9 @@ class Checkpoints:
 
     def _damaged(self, step: int) -> Path:
         return self.folder / f"{step}.damaged"
+
+    def _replaced(self, step: int) -> Path:
+        return self.folder / f"{step}.replaced"
 
     def restore_average(self, count: int, shapes: Any, shardings: Any) -> tuple[Any, int]:
         """Read the parameters of the `count` newest checkpoints (see `newest`); return their mean and how many.
