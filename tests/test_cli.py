@@ -93,7 +93,7 @@ def test_an_unexpected_failure_is_another_exit_code(capsys, monkeypatch):
 
 def test_a_run_that_fails_is_exit_code_1(capsys, tmp_path):
     (tmp_path / "text.txt").write_text("abcd " * 200)
-    flags = "--data.path text.txt --out run --optimizer.learning-rate 1e30 --optimizer.warmup-steps 0 --steps 9 --quiet"
+    flags = "--data.path text.txt --out r --optimizer.learning-rate 1e30 --optimizer.warmup-steps 0 --steps 19 --quiet"
     assert main(["train", *TINY, *flags.split()]) == 1
     _, err = capsys.readouterr()
     assert "at step" in err and len(err.splitlines()) == 1

@@ -182,6 +182,16 @@ def test_too_many_in_a_row_end_the_run_and_the_good_checkpoints_stay(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps[-2:] == [28, 29]
 
 
+def test_a_run_does_not_end_well_in_a_row_that_left_nothing_good(tmp_path):
+    class Broken(Regression):
+        def evaluation_metrics(self, sums, parameters):
+            return {"eval/loss": [1.0, float("nan")][self.evaluations - 1]}
+
+    with pytest.raises(FloatingPointError, match=r"held-out loss is nan at step 10, the last of 2 in a row"):
+        run(tmp_path, Broken({9: np.nan, 10: np.nan}), steps=10, eval_interval=100)
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps == []
+
+
 def test_the_watchdog_knows_a_save_and_leaves_the_last_one_its_time(tmp_path, monkeypatch):
     events = []
 

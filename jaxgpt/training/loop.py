@@ -235,13 +235,16 @@ class _Loop:
         if self.skipped.in_a_row == 1:
             self.report.say(f"step {step:,} is left out: {why}")
         if self.skipped.in_a_row >= self.skipped.limit:
-            before = step - self.skipped.in_a_row  # a signal in the row saves too
-            kept = max((saved for saved in self.checkpoints.steps if saved <= before), default=None)
-            where = "no checkpoint had been saved yet" if kept is None else f"the last good checkpoint is step {kept}"
-            raise FloatingPointError(
-                f"{why} at step {step}, the last of {self.skipped.in_a_row} in a row that were left out: "
-                f"stopped; {where}"
-            )
+            raise self._lost(step, why)
+
+    def _lost(self, step: int, why: str) -> FloatingPointError:
+        """Why the run ends here, and what is left of it."""
+        before = step - self.skipped.in_a_row  # a signal in the row saves too
+        kept = max((saved for saved in self.checkpoints.steps if saved <= before), default=None)
+        where = "no checkpoint had been saved yet" if kept is None else f"the last good checkpoint is step {kept}"
+        return FloatingPointError(
+            f"{why} at step {step}, the last of {self.skipped.in_a_row} in a row that were left out: stopped; {where}"
+        )
 
     def _evaluate_and_save(self, state: TrainState, step: int) -> None:
         if step % self.config.eval_interval == 0:
@@ -298,6 +301,9 @@ class _Loop:
             self._evaluate(state, step)
             if self.evaluated != step:
                 return self._interrupted(state, step)
+        figure = self.evaluation[self.metric]
+        if self.skipped.in_a_row and not math.isfinite(figure):
+            raise self._lost(step, f"the held-out {self.metric.removeprefix('eval/')} is {figure}")
         if not measured or step not in self.checkpoints.steps:
             self._save(state, step)
         parameters = self._average(state, step) if self.config.average > 1 else state.model
