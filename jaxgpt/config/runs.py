@@ -76,7 +76,8 @@ class RunConfig:
     checkpoint_interval: int | None = None
     """steps between checkpoints (default: at every evaluation)"""
     keep: int = 2
-    """newest checkpoints that are kept, besides the best one: where one is damaged, that before it is there"""
+    """newest checkpoints at the run's intervals that are kept, besides the last and the best: where one is damaged,
+    that before it is there"""
     average: int = 1
     """the newest checkpoints whose mean is the model in the end (see --checkpoint average); they are all kept"""
     patience: int | None = None
