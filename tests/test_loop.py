@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -190,6 +191,14 @@ def test_a_run_does_not_end_well_in_a_row_that_left_nothing_good(tmp_path):
     with pytest.raises(FloatingPointError, match=r"held-out loss is nan at step 10, the last of 2 in a row"):
         run(tmp_path, Broken({9: np.nan, 10: np.nan}), steps=10, eval_interval=100)
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).steps == []
+
+
+def test_a_run_whose_checkpoints_are_gone_begins_anew_and_says_so(tmp_path):
+    _, said, before = run(tmp_path, Regression(), steps=5)
+    assert not said
+    shutil.rmtree(tmp_path / "checkpoints")
+    _, said, after = run(tmp_path, Regression(), steps=5)
+    assert said == ["there is no checkpoint to go on from: the run begins anew"] and len(after) == len(before)
 
 
 def test_the_watchdog_knows_a_save_and_leaves_the_last_one_its_time(tmp_path, monkeypatch):

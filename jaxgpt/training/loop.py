@@ -167,6 +167,8 @@ class _Loop:
         """The newest checkpoint, or the newest that is whole; or the initial state."""
         latest = self.checkpoints.latest_step
         if latest is None:
+            if self.run_folder.history():
+                self.report.say("there is no checkpoint to go on from: the run begins anew")
             self.run_folder.rewind(-1)
             return self.layout.initial(self.initial_state)
         shapes = jax.eval_shape(lambda: _trees(self.initial_state()))
