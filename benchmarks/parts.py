@@ -103,6 +103,7 @@ def _head(config: TrainConfig, parameters: Any, x: Any) -> Callable[[], Any]:
 
 def _optimizer(config: TrainConfig, parameters: Any) -> Callable[[], Any]:
     optimizer = make_optimizer(config.optimizer, config.steps, config.model.width)
+    parameters = jax.tree.map(jnp.copy, parameters)  # these are donated, and others need theirs
     carried = (parameters, jax.jit(optimizer.init)(parameters))
     gradients = jax.tree.map(lambda p: jnp.full(p.shape, 1e-3, p.dtype), parameters)
 

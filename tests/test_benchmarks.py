@@ -41,8 +41,11 @@ def refusal(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("pmap", 2), ("mesh", 2)])
 def test_train_step_measures_any_strategy(tmp_path, strategy, devices):
-    done = benchmark(tmp_path, *SMALL, "--strategy", strategy, "--json", devices=devices)
+    done = benchmark(tmp_path, *SMALL, "--strategy", strategy, "--parts", "--json", devices=devices)
     result = json.loads(done.stdout.splitlines()[-1])
+    parts = result["breakdown"]["parts"]
+    assert set(parts) == {"attention", "mlp", "head", "optimizer", "data", "rest"}
+    assert all(row["seconds"] > 0 for name, row in parts.items() if name != "rest")
     assert (result["strategy"], result["devices"], result["tokens_per_step"]) == (strategy, devices, 32)
     (ours,) = result["results"].values()
     rate, step = ours["tokens_per_second"], ours["seconds_per_step"]
