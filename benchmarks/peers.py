@@ -16,8 +16,8 @@ from measure import cores
 
 from jaxgpt.config import FinetuneConfig, GPTConfig, TrainConfig, require
 from jaxgpt.models.heads import HEAD
-from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.huggingface import config_to_hf
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.weights import export_tensors
 
 # (prompts (B, T), how many new tokens) -> the new tokens of each

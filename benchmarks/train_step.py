@@ -29,7 +29,7 @@ from jaxgpt.arguments import parse
 from jaxgpt.config import Dtype, Strategy, TrainConfig, require
 from jaxgpt.environment import keep_freed_memory
 from jaxgpt.models.gpt import init_parameters
-from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.weights import export_tensors
 from jaxgpt.tasks.lm import loss
 from jaxgpt.training.metrics import chip_peak_flops, count_parameters, training_flops_per_token

@@ -20,8 +20,8 @@ from jaxgpt.generation.draft import Draft
 from jaxgpt.generation.text import Writer, write
 from jaxgpt.models.blocks import Parameters, compact_parameters, decoding_parameters
 from jaxgpt.storage.adapters import write_adapter
-from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.huggingface import config_to_hf
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.storage.weights import export_tensors
 from jaxgpt.tasks.classifiers import Tuned, write_classifier

@@ -18,7 +18,7 @@ from jaxgpt.config import GPTConfig, OptimizerConfig
 from jaxgpt.models.blocks import Parameters
 from jaxgpt.models.gpt import GPT, next_token_logits
 from jaxgpt.models.losses import cross_entropy
-from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.weights import export_tensors
 from jaxgpt.training.optimizer import make_optimizer
 

@@ -38,8 +38,9 @@ from jaxgpt.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.models.lora import init_adapter
 from jaxgpt.storage.adapters import read_adapter, write_adapter
-from jaxgpt.storage.checkpoint import Checkpoints, by_path
+from jaxgpt.storage.checkpoint import Checkpoints
 from jaxgpt.storage.huggingface import config_from_hf, config_to_hf
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.storage.weights import export_tensors, open_weights, read_json, write_weights
 from jaxgpt.tasks.trained import load_pretrained

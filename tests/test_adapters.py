@@ -17,7 +17,7 @@ from jaxgpt.models.gpt import init_parameters
 from jaxgpt.models.lora import ADAPTER, fold, init_adapter
 from jaxgpt.reference import load_torch, logits
 from jaxgpt.storage.adapters import read_adapter, write_adapter
-from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.tasks.trained import fingerprint
 
 CONFIG = GPTConfig(vocab_size=257, context=16, layers=2, heads=2, width=12, init_std=0.3, unroll=1)

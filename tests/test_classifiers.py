@@ -18,7 +18,7 @@ from jaxgpt.config import AdaptConfig, ExamplesConfig, FinetuneConfig, GPTConfig
 from jaxgpt.data.batches import WHOLE
 from jaxgpt.data.example_batches import EncodedExamples, ExampleBatches, input_forms
 from jaxgpt.models.lora import ADAPTER, fold, init_adapter
-from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.tasks import finetuning, initial
 from jaxgpt.tasks.classifiers import load_classifier

@@ -25,7 +25,7 @@ from jaxgpt.data.example_batches import EncodedExamples, ExampleBatches, Sequenc
 from jaxgpt.models.heads import HEAD
 from jaxgpt.models.partition import combine
 from jaxgpt.recipes import recipe
-from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.storage.weights import export_tensors
 from jaxgpt.tasks import finetuning, initial

@@ -8,7 +8,7 @@ import numpy as np
 from jaxgpt.config import AdaptConfig, FinetuneConfig, GPTConfig
 from jaxgpt.models.gpt import init_parameters
 from jaxgpt.models.partition import combine
-from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.tasks import initial
 
 BASE = GPTConfig(vocab_size=19, context=8, layers=2, heads=1, width=4, tied_head=False)

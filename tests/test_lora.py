@@ -14,7 +14,7 @@ from jaxgpt.models.gpt import GPT, init_parameters, output_head
 from jaxgpt.models.lora import ADAPTER, PLACES, attach, fold, init_adapter
 from jaxgpt.models.losses import unembed
 from jaxgpt.models.partition import combine, separate
-from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.weights import export_tensors
 from jaxgpt.tasks import lm
 from jaxgpt.training.optimizer import make_optimizer

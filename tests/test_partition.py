@@ -7,7 +7,7 @@ from drawn import drawn
 
 from jaxgpt.config import AdaptConfig, FinetuneConfig, GPTConfig
 from jaxgpt.models.partition import combine, separate
-from jaxgpt.storage.checkpoint import by_path
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.tasks import initial
 
 METHODS = [AdaptConfig(), AdaptConfig("head"), AdaptConfig("lora", rank=2)]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxgpt.hosts import ALONE, Hosts, is_whole, whole
+from jaxgpt.hosts import ALONE, Hosts
+from jaxgpt.storage.aside import Aside
 from jaxgpt.storage.integrity import (
     DamagedCheckpointError,
     UnknownFormatError,
@@ -26,6 +23,7 @@ from jaxgpt.storage.integrity import (
     sealed,
     unreadable_metrics,
 )
+from jaxgpt.storage.leaves import by_path, checksums
 
 Trees = dict[str, Any]
 
@@ -68,14 +66,16 @@ class Checkpoints:
         )
         self.folder, self._regular, self._read_only = folder.absolute(), regular, read_only
         self._metric, self._highest, self._hosts = metric, highest, hosts
+        self._aside = Aside(self.folder, hosts)
         self._pending: Any = None
         self.left_out: list[str] = []
         if not read_only:
-            hosts.together(self._put_back if hosts.first else lambda: None)
-        damaged = dict(hosts.of_first([*unreadable_metrics(self.folder, metric).items()]))
-        readable = bool(damaged) and bool(self._others(*damaged))
-        for step, reason in damaged.items():
-            error = DamagedCheckpointError(f"the checkpoint {self.folder / str(step)} cannot be read: {reason}")
+            hosts.together(self._aside.put_back)
+        damaged = hosts.of_first(unreadable_metrics(self.folder, metric))
+        readable = bool(damaged) and bool(self._aside.others(*damaged))
+        for step in damaged:
+            path = self.folder / str(step)
+            error = DamagedCheckpointError(f"the checkpoint {path} cannot be read: its metrics/metrics is damaged")
             if not good or not readable:
                 raise DamagedCheckpointError(f"{error}{self._way_out(step)}")
             self._set_aside(step, error)
@@ -99,7 +99,8 @@ class Checkpoints:
             OSError: this save or the one before could not be written; what was committed before is untouched.
         """
         if step in self.steps:
-            self._put_by(step)
+            self._aside.put_by(step)
+            self._checkpointer.reload()
         custom = sealed({"checksums": checksums(trees), "extra": extra, "metrics": metrics or {}})
         try:
             self._pending = self._checkpointer.save_checkpointables_async(
@@ -139,30 +140,13 @@ class Checkpoints:
             self._failed()
             raise self._write_error(self._step, error) from error
         self._pending = None
-        if self._hosts.first:
-            for place in (self._damaged(self._step), self._replaced(self._step)):
-                shutil.rmtree(place, ignore_errors=True)
+        self._aside.forget(self._step)
 
     def _failed(self) -> None:
         """What a save that failed was to replace is there again."""
         with contextlib.suppress(Exception):
-            if self._hosts.first:
-                self._put_back()
+            self._aside.put_back()
             self._checkpointer.reload()  # it has counted the step as saved since the save began
-
-    def _put_by(self, step: int) -> None:
-        def move() -> None:
-            (self.folder / str(step)).rename(self._replaced(step))
-
-        self._hosts.together(move if self._hosts.first else lambda: None)
-        self._checkpointer.reload()
-
-    def _put_back(self) -> None:
-        for place in self.folder.glob("*.replaced"):
-            if (self.folder / place.stem).exists():
-                shutil.rmtree(place)
-            else:
-                place.rename(self.folder / place.stem)
 
     def close(self) -> None:
         """Wait for the save under way, then let go of the folder."""
@@ -275,20 +259,7 @@ class Checkpoints:
         raise DamagedCheckpointError(f"no checkpoint in {self.folder} is whole; {next(iter(damaged.values()))}")
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        place = self._damaged(step)
-
-        def move() -> None:
-            shutil.rmtree(place, ignore_errors=True)
-            (self.folder / str(step)).rename(place)
-
-        self._hosts.together(move if self._hosts.first else lambda: None)
-        self.left_out.append(f"left out, and kept as {place.name}: {error}")
-
-    def _damaged(self, step: int) -> Path:
-        return self.folder / f"{step}.damaged"
-
-    def _replaced(self, step: int) -> Path:
-        return self.folder / f"{step}.replaced"
+        self.left_out.append(f"left out, and kept as {self._aside.set_aside(step)}: {error}")
 
     def restore_average(self, count: int, shapes: Any, shardings: Any) -> tuple[Any, int]:
         """Read the parameters of the `count` newest checkpoints (see `newest`); return their mean and how many.
@@ -304,12 +275,8 @@ class Checkpoints:
             total = wide if total is None else jax.tree.map(jnp.add, total, wide)
         return jax.tree.map(lambda leaf, shape: (leaf / len(steps)).astype(shape.dtype), total, shapes), len(steps)
 
-    def _others(self, *steps: int) -> list[int]:
-        names = [path.name for path in self.folder.iterdir()]
-        return [int(name) for name in names if name.isdecimal() and int(name) not in steps]
-
     def _way_out(self, step: int) -> str:
-        others = self._others(step)
+        others = self._aside.others(step)
         if not others:
             return ""
         if self._read_only:
@@ -335,23 +302,3 @@ class _Newest:
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = _newest(steps, self.count, self.regular)
         return [step in kept for step in steps]
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their path, as "blocks/mlp/up/kernel"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """CRC-32 of the bytes of every leaf, by its path in the tree."""
-    leaves = by_path(tree)
-    with ThreadPoolExecutor() as pool:  # training waits for them, and zlib computes without the interpreter's lock
-        # Arrays of which other hosts have parts are gathered one after another, on all hosts in the same order.
-        each: Any = pool.map if all(map(is_whole, leaves.values())) else map
-        return dict(zip(leaves, each(_checksum, leaves.values()), strict=True))
-
-
-def _checksum(leaf: Any) -> int:
-    # Viewed as bytes first: the buffer protocol does not know bfloat16.
-    return zlib.crc32(np.ascontiguousarray(whole(leaf)).reshape(-1).view(np.uint8).data)

@@ -51,22 +51,24 @@ def _digest(values: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-def unreadable_metrics(folder: Path, metric: str) -> dict[int, str]:
-    """Steps of the checkpoints in `folder` whose `metric` cannot be read, and why.
+def unreadable_metrics(folder: Path, metric: str) -> list[int]:
+    """Steps of the checkpoints in `folder` whose `metric` cannot be read, or is no number.
 
     Orbax reads all of them to know the best, and does not say which one it could not.
     """
-    reasons = {}
-    for file in folder.glob("*/metrics/metrics"):
-        if not (step := file.parts[-3]).isdecimal():
-            continue
-        try:
-            value = json.loads(file.read_text("utf-8"))[metric]
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{metric} is {value!r}")
-        except (ValueError, KeyError, TypeError, OSError):
-            reasons[int(step)] = "its metrics/metrics is damaged"
-    return reasons
+    return [
+        int(file.parts[-3])
+        for file in folder.glob("*/metrics/metrics")
+        if file.parts[-3].isdecimal() and not _is_readable(file, metric)
+    ]
+
+
+def _is_readable(file: Path, metric: str) -> bool:
+    try:
+        value = json.loads(file.read_text("utf-8"))[metric]
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
 
 
 def check_fit(wanted: Mapping[str, Any], found: Mapping[str, Any], names: Collection[str], trees: set[str]) -> None:

@@ -15,8 +15,8 @@ from jaxgpt.data.special_tokens import SPECIAL_TOKENS, SPECIALS, pad_token, with
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.models.blocks import Parameters
 from jaxgpt.models.heads import HEAD
-from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.huggingface import SCORE, classifier_from_hf, classifier_to_hf
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.storage.weights import export_tensors, open_weights, read_json
 from jaxgpt.tasks.published import load_whole, tokenizer_config, write_published

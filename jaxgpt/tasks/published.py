@@ -21,8 +21,8 @@ from jaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from jaxgpt.models import gpt
 from jaxgpt.models.blocks import Parameters
 from jaxgpt.models.heads import shrink_vocabulary
-from jaxgpt.storage.checkpoint import by_path
 from jaxgpt.storage.huggingface import classifier_from_hf, config_from_hf
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.runs import write_atomically
 from jaxgpt.storage.weights import fitting_config, open_weights, read_json, read_parameters, write_weights
 

@@ -32,8 +32,9 @@ from jaxgpt.models.blocks import Parameters
 from jaxgpt.models.lora import ADAPTER, fold
 from jaxgpt.models.partition import combine
 from jaxgpt.storage import adapters
-from jaxgpt.storage.checkpoint import Checkpoints, by_path
+from jaxgpt.storage.checkpoint import Checkpoints
 from jaxgpt.storage.hub import find_model
+from jaxgpt.storage.leaves import by_path
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.storage.weights import read_json
 from jaxgpt.tasks import initial
