@@ -106,7 +106,7 @@ def keep_freed_memory() -> None:
         return
     mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)
     mallopt(mmap_max, 0)
     mallopt(arena_max, 1)
 

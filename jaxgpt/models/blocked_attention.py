@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from jaxgpt.models.rows import greatest, row_sums
+from jaxgpt.models.rows import row_sums
 
 BLOCK = 128  # queries at a time; measured on CPU: 256 is slower
 SLAB = 1024  # keys at a time, at most: products so wide are twice as fast on CPU as those of 128
@@ -58,26 +58,26 @@ def _whole_forward(
     window: int | None,
 ) -> tuple[Array, Any]:
     mask = _visible(query.shape[2], key.shape[2], 0, window) if causal else None
-    scores = _scores(query, _turned(key), scale, segments, mask)
-    powers = jnp.exp(scores - greatest(scores))
-    total = row_sums(powers)
+    scores = _scores(key, _turned(query), scale, segments, mask)
+    powers = jnp.exp(scores - jnp.max(scores, -2, keepdims=True))
+    total = jnp.sum(powers, -2, keepdims=True)
     weights = powers * _kept(powers, rate, keys, 0)
-    heads = (jnp.matmul(weights.astype(value.dtype), value) / total).astype(value.dtype)
+    heads = _turned(jnp.matmul(_turned(value), weights.astype(value.dtype)) / total).astype(value.dtype)
     return heads, (query, key, value, scale, keys, heads, powers, total)
 
 
 def _whole_backward(rate: float, causal: bool, window: int | None, residuals: Any, gradient: Array) -> tuple[Any, ...]:
     query, key, value, scale, keys, heads, powers, total = residuals
     kept = _kept(powers, rate, keys, 0)
-    of_heads = gradient / total
-    inner = row_sums(of_heads * heads)
+    of_heads = gradient / _turned(total)
+    inner = _turned(row_sums(of_heads * heads))
     of_heads = of_heads.astype(value.dtype)
-    of_weights = jnp.matmul(of_heads, _turned(value), preferred_element_type=powers.dtype)
+    of_weights = jnp.matmul(value, _turned(of_heads), preferred_element_type=powers.dtype)
     of_scores = (powers * (of_weights * kept - inner)).astype(query.dtype)
-    of_value = jnp.matmul(_turned((powers * kept).astype(value.dtype)), of_heads)
+    of_value = jnp.matmul((powers * kept).astype(value.dtype), of_heads)
     factor = scale.astype(query.dtype)
-    of_query, of_key = factor * jnp.matmul(of_scores, key), factor * jnp.matmul(_turned(of_scores), query)
-    return of_query, of_key, of_value, None, None, None
+    of_query = factor * _turned(jnp.matmul(_turned(key), of_scores))
+    return of_query, factor * jnp.matmul(of_scores, query), of_value, None, None, None
 
 
 whole_attention.defvjp(_whole_forward, _whole_backward)
@@ -126,24 +126,24 @@ def _blocked_forward(
 
     def of_slab(_: None, i: Array) -> tuple[None, Any]:
         def of_block(block: slice) -> tuple[Array, Array]:
-            own = queries[i][:, :, block]
+            own = _turned(queries[i][:, :, block])
 
             def with_keys(j: Array, sums: Any, seen: slice = slice(0, width)) -> Any:
                 highest, total, heads = sums
                 mask = _mask_of_pair(i * width + block.start, j * width + seen.start, seen, j is i, window)
                 pair = _pair_of(numbers, i, block, j, seen)
-                scores = _scores(own, _turned(slabs_of_keys[j][:, :, seen]), scale, pair, mask)
-                new = jnp.maximum(highest, greatest(scores))
+                scores = _scores(slabs_of_keys[j][:, :, seen], own, scale, pair, mask)
+                new = jnp.maximum(highest, jnp.max(scores, -2, keepdims=True))
                 powers, shrunk = jnp.exp(scores - new), jnp.exp(highest - new)
                 weights = (powers * _kept(powers, rate, keys, _place(i, block, j))).astype(value.dtype)
-                heads = heads * shrunk + jnp.matmul(weights, values[j][:, :, seen], preferred_element_type=dtype)
-                return new, total * shrunk + row_sums(powers), heads
+                of_keys = jnp.matmul(_turned(values[j][:, :, seen]), weights, preferred_element_type=dtype)
+                return new, total * shrunk + jnp.sum(powers, -2, keepdims=True), heads * shrunk + of_keys
 
-            column = (*own.shape[:-1], 1)
-            start = (jnp.full(column, jnp.finfo(dtype).min), jnp.zeros(column, dtype), jnp.zeros(own.shape, dtype))
+            row = (*own.shape[:2], 1, own.shape[3])
+            start = (jnp.full(row, jnp.finfo(dtype).min), jnp.zeros(row, dtype), jnp.zeros(own.shape, dtype))
             sums = jax.lax.fori_loop(_first_slab(i, block, width, window), i, with_keys, start)
-            highest, total, heads = with_keys(i, sums, _seen_of_own_slab(block, window))
-            return (heads / total).astype(value.dtype), highest + jnp.log(total)
+            highest, total, heads = with_keys(i, sums, _seen_of_own_slab(block, width, window))
+            return _turned(heads / total).astype(value.dtype), _turned(highest + jnp.log(total))
 
         return None, tuple(jnp.concatenate(parts, 2) for parts in zip(*map(of_block, _blocks(width)), strict=True))
 
@@ -161,32 +161,30 @@ def _blocked_backward(rate: float, window: int | None, residuals: Any, gradient:
     def of_slab(sums: Any, i: Array) -> tuple[Any, Array]:
         def of_block(sums: Any, block: slice) -> Any:
             own, of_own = queries[i][:, :, block], of_heads[i][:, :, block]
+            log_total, own_inner = (_turned(x[i][:, :, block]) for x in (log_totals, inner))
 
             def with_keys(j: Array, sums: Any, seen: slice = slice(0, width)) -> Any:
                 of_query, of_key, of_value = sums
                 mask = _mask_of_pair(i * width + block.start, j * width + seen.start, seen, j is i, window)
                 key, pair = keys[j][:, :, seen], _pair_of(numbers, i, block, j, seen)
-                powers = jnp.exp(_scores(own, _turned(key), scale, pair, mask) - log_totals[i][:, :, block])
+                powers = jnp.exp(_scores(key, _turned(own), scale, pair, mask) - log_total)
                 kept = _kept(powers, rate, dropout_keys, _place(i, block, j))
-                turned_value = _turned(values[j][:, :, seen])
-                of_weights = jnp.matmul(of_own, turned_value, preferred_element_type=dtype)
-                of_scores = (powers * (of_weights * kept - inner[i][:, :, block])).astype(query.dtype)
+                of_weights = jnp.matmul(values[j][:, :, seen], _turned(of_own), preferred_element_type=dtype)
+                of_scores = (powers * (of_weights * kept - own_inner)).astype(query.dtype)
                 weights = (powers * kept).astype(value.dtype)
-                of_query = of_query + jnp.matmul(of_scores, key, preferred_element_type=dtype)
-                of_key = of_key.at[j, :, :, seen].add(jnp.matmul(_turned(of_scores), own, preferred_element_type=dtype))
-                of_value = of_value.at[j, :, :, seen].add(
-                    jnp.matmul(_turned(weights), of_own, preferred_element_type=dtype)
-                )
+                of_query = of_query + jnp.matmul(_turned(key), of_scores, preferred_element_type=dtype)
+                of_key = of_key.at[j, :, :, seen].add(jnp.matmul(of_scores, own, preferred_element_type=dtype))
+                of_value = of_value.at[j, :, :, seen].add(jnp.matmul(weights, of_own, preferred_element_type=dtype))
                 return of_query, of_key, of_value
 
-            start = (jnp.zeros(own.shape, dtype), *sums)
+            start = (jnp.zeros((*own.shape[:2], *own.shape[:1:-1]), dtype), *sums)
             sums = jax.lax.fori_loop(_first_slab(i, block, width, window), i, with_keys, start)
-            return with_keys(i, sums, _seen_of_own_slab(block, window))
+            return with_keys(i, sums, _seen_of_own_slab(block, width, window))
 
         of_queries = []
         for block in _blocks(width):
             of_query, *sums = of_block(sums, block)
-            of_queries.append((scale * of_query).astype(query.dtype))
+            of_queries.append(_turned(scale * of_query).astype(query.dtype))
         return tuple(sums), jnp.concatenate(of_queries, 2)
 
     zeros = (jnp.zeros(keys.shape, dtype), jnp.zeros(values.shape, dtype))
@@ -199,22 +197,21 @@ blocked_attention.defvjp(_blocked_forward, _blocked_backward)
 
 
 def _scores(
-    rows: Array, columns: Array, scale: Array, segments: Segments, mask: Bool[Array, "1 1 T S"] | None
-) -> Float[Array, "B N T S"]:
-    """Products of (T, H) and (H, S), scaled; the lowest number where a query may not look."""
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    scores = jnp.matmul(rows, columns, preferred_element_type=dtype) * scale.astype(dtype)
+    keys: Array, queries: Array, scale: Array, segments: Segments, mask: Bool[Array, "S T"] | None
+) -> Float[Array, "B N S T"]:
+    """Products of keys (S, H) and queries (H, T), scaled; the lowest number where a query may not look."""
+    dtype = jnp.promote_types(keys.dtype, jnp.float32)
+    scores = jnp.matmul(keys, queries, preferred_element_type=dtype) * scale.astype(dtype)
     if segments is not None:
-        same = segments[0][:, None, :, None] == segments[1][:, None, None, :]
+        same = segments[0][:, None, None, :] == segments[1][:, None, :, None]
         mask = same if mask is None else mask & same
     return scores if mask is None else jnp.where(mask, scores, jnp.finfo(dtype).min)
 
 
-def _visible(queries: int, keys: int, ahead: Any, window: int | None) -> Bool[Array, "1 1 T S"]:
-    """What causal queries see that stand `ahead` of the keys by so many places."""
-    distance = ahead + jnp.arange(queries)[:, None] - jnp.arange(keys)
-    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return seen[None, None]
+def _visible(queries: int, keys: int, ahead: Any, window: int | None) -> Bool[Array, "S T"]:
+    """The keys that causal queries see, which stand `ahead` of them by so many places."""
+    distance = ahead + jnp.arange(queries) - jnp.arange(keys)[:, None]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _blocks(width: int) -> list[slice]:
@@ -222,9 +219,9 @@ def _blocks(width: int) -> list[slice]:
     return [slice(start, start + BLOCK) for start in range(0, width, BLOCK)]
 
 
-def _seen_of_own_slab(block: slice, window: int | None) -> slice:
+def _seen_of_own_slab(block: slice, width: int, window: int | None) -> slice:
     """The keys of a block's own slab that it sees any of."""
-    return slice(0 if window is None else max(0, block.start - window + 1) // BLOCK * BLOCK, block.stop)
+    return slice(0 if window is None else max(0, block.start - window + 1) // BLOCK * BLOCK, min(width, -(-block.stop // 256) * 256))
 
 
 def _first_slab(i: Array, block: slice, width: int, window: int | None) -> Array | int:

@@ -147,15 +147,18 @@ def update(
     # The norm of the sums, divided: that of the quotients would need them all written to memory first.
     norm = global_norm(gradients) / weight
     share = 1.0 / weight
-    gradients = jax.tree.map(lambda g: g * share.astype(g.dtype), gradients)
-    updates, optimizer_state = optimizer.update(
-        gradients, state.optimizer_state, state.parameters, position=position, norm=norm
-    )
     mean = total / weight
     good = is_good(state.recent, mean, norm, spikes)
-    before = (state.parameters, state.optimizer_state, state.recent)
-    after = (optax.apply_updates(state.parameters, updates), optimizer_state, remember(state.recent, mean, norm))
-    parameters, optimizer_state, recent = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
+
+    def taken(parameters: Parameters, optimizer_state: Any, recent: Any) -> tuple[Any, Any, Any]:
+        means = jax.tree.map(lambda g: g * share.astype(g.dtype), gradients)
+        updates, optimizer_state = optimizer.update(means, optimizer_state, parameters, position=position, norm=norm)
+        return optax.apply_updates(parameters, updates), optimizer_state, remember(recent, mean, norm)
+
+    # A branch, not a choice between numbers: so the new state is written over the old, without copies of it.
+    parameters, optimizer_state, recent = jax.lax.cond(
+        good, taken, lambda *before: before, state.parameters, state.optimizer_state, state.recent
+    )
     metrics = {"loss": mean, "gradient_norm": norm, "tokens": weight, "skipped": ~good}
     return TrainState(state.step + 1, parameters, optimizer_state, state.frozen, recent), metrics
 
