@@ -220,8 +220,9 @@ def _blocks(width: int) -> list[slice]:
 
 
 def _seen_of_own_slab(block: slice, width: int, window: int | None) -> slice:
-    """The keys of a block's own slab that it sees any of."""
-    return slice(0 if window is None else max(0, block.start - window + 1) // BLOCK * BLOCK, min(width, -(-block.stop // 256) * 256))
+    """The keys of a block's own slab that it sees any of, and as many more as leave few different lengths to copy."""
+    start = 0 if window is None else max(0, block.start - window + 1) // BLOCK * BLOCK
+    return slice(start, min(width, -(-block.stop // (2 * BLOCK)) * 2 * BLOCK))
 
 
 def _first_slab(i: Array, block: slice, width: int, window: int | None) -> Array | int:

@@ -139,7 +139,8 @@ class Stack(nn.Module):
 def init_parameters(config: TransformerConfig, key: Key[Array, ""]) -> Parameters:
     """Initial parameters: matrices as `init_std` says, tokens N(0, 1/sqrt(D)), positions N(0, 1), biases 0, norms 1."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(Transformer(config).init)(key, tokens, tokens == 0, tokens)["params"]
+    rolled = dataclasses.replace(config, unroll=1)  # the same numbers, compiled sooner
+    return jax.jit(Transformer(rolled).init)(key, tokens, tokens == 0, tokens)["params"]
 
 
 def output_head(parameters: Parameters) -> Float[Array, "V D"]:

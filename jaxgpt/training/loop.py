@@ -20,7 +20,7 @@ from jaxgpt.models.partition import combine
 from jaxgpt.storage.checkpoint import Checkpoints
 from jaxgpt.storage.runs import RunFolder
 from jaxgpt.training.optimizer import make_optimizer
-from jaxgpt.training.parallel import Layout
+from jaxgpt.training.parallel import Layout, compiling
 from jaxgpt.training.report import Reporter, describe_evaluation, metrics_writer
 from jaxgpt.training.skipping import Skipped, no_steps, reason
 from jaxgpt.training.step import Parameters, TrainState, evaluation_step, training_step
@@ -112,16 +112,11 @@ class _Loop:
     def run(self) -> Outcome:
         config, state = self.config, self._start()
         step = int(state.step)
-        if step > config.steps or step == config.steps == self.evaluated:
-            self.report.say(f"nothing left to do: the run has its {step:,} steps; a greater --steps goes on")
-            return Outcome(step, self.evaluation, interrupted=False)
-        if self._out_of_patience():
-            self.report.say("nothing left to do: the run no longer got better; a greater --patience goes on")
+        if nothing := self._nothing_left(step):
+            self.report.say(f"nothing left to do: {nothing}")
             return Outcome(step, self.evaluation, interrupted=False)
         if step < config.steps and step % config.eval_interval == 0 and self.evaluated != step:
-            self._evaluate(state, step)  # at the start, or where a signal ended it before it was done
-            if step and self.evaluated == step:
-                self._save(state, step)
+            self._evaluate_first(state, step)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         self._under_way(step)
         self.last_settled = time.monotonic()
@@ -153,6 +148,20 @@ class _Loop:
                 f" are {self.seconds + self.evaluation_seconds:.1f} seconds; give more, with --resume or another --out"
             )
         return self._finish(state, step)
+
+    def _nothing_left(self, step: int) -> str | None:
+        """Why a run that has come to this step does not go on; None: it does."""
+        if step > self.config.steps or step == self.config.steps == self.evaluated:
+            return f"the run has its {step:,} steps; a greater --steps goes on"
+        return "the run no longer got better; a greater --patience goes on" if self._out_of_patience() else None
+
+    def _evaluate_first(self, state: TrainState, step: int) -> None:
+        """Measure what the run begins with, or where a signal ended an evaluation; compile the step meanwhile."""
+        (batch,) = self.task.batches(step, step + 1, self.layout.share)
+        with compiling(self.step_program, state, self.layout.place(batch), np.float32(0)):
+            self._evaluate(state, step)
+        if step and self.evaluated == step:
+            self._save(state, step)
 
     def _interrupted(self, state: TrainState, step: int) -> Outcome:
         """Save what there is, if that is not done, and leave."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
 import importlib.metadata
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -118,6 +120,18 @@ class Layout:
             devices=self.devices,
             donate_argnums=donated,
         )
+
+
+@contextlib.contextmanager
+def compiling(program: Callable[..., Any], *arguments: Any) -> Iterator[None]:
+    """Compile a program for these arguments in a thread, while what is in this context is done.
+
+    A program that is several (strategy strict) is left alone. What goes wrong goes wrong again where it is called.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        if isinstance(program, jax.stages.Wrapped):
+            beside.submit(lambda: program.lower(*arguments).compile())
+        yield
 
 
 def on_one_device(tree: Any) -> Any:
