@@ -120,7 +120,7 @@ def use_compilation_cache() -> None:
     # Compiled for this processor by this jaxlib, for so many threads: entries of others are at best useless.
     version = "-".join([importlib.metadata.version("jaxlib"), platform.machine(), *_threads()])
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs" / version))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def _threads() -> list[str]:

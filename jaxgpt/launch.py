@@ -125,7 +125,8 @@ def _prepare(config: RunConfig, run: RunFolder, report: Reporter, hosts: Hosts) 
     prepared = PREPARE[type(config)](config, report.say)
     if resuming:
         _check_same_run(run, prepared)
-    layout.shardings(jax.eval_shape(prepared.task.init, jax.random.key(0)))  # refuses what cannot be cut
+    if layout.strategy == "mesh":
+        layout.shardings(jax.eval_shape(prepared.task.init, jax.random.key(0)))  # refuses what cannot be cut
     return resuming, layout, prepared
 
 
