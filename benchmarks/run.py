@@ -38,7 +38,7 @@ class Options:
     data: str | None = None
     """a text, such as tinyshakespeare.txt, for what trains to the end (default: that is left out)"""
     only: tuple[str, ...] = ()
-    """names of benchmarks (default: all)"""
+    """names of benchmarks, as they head their tables (default: all)"""
     peers: bool = True
     """measure the peers that are installed as well"""
 
@@ -87,7 +87,7 @@ def commands(options: Options) -> dict[str, list[str]]:
             *(["--vs", "plain"] if torch else []),
         ]
     for name in options.only:
-        require(name in suite, f"there is no benchmark {name}{suggestion(name, suite)}")
+        require(name in suite, f"there is no benchmark {name}{suggestion(name, suite)}; there are {', '.join(suite)}")
     return {name: [*words, "--json"] for name, words in suite.items() if not options.only or name in options.only}
 
 
@@ -108,7 +108,7 @@ def run(name: str, command: Sequence[str], folder: Path) -> dict[str, Any] | Non
 def groups(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Rows by contestant, for each thing that was measured."""
     if result["benchmark"] == "attention":
-        return {str(one["length"]): one["results"] for one in result["results"]}
+        return {f"T = {one['length']:,}": one["results"] for one in result["results"]}
     if result["benchmark"] == "generate":
         return {f"batch {one['batch']}": one["results"] for one in result["batches"]}
     if result["benchmark"] == "translate":

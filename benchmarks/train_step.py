@@ -111,7 +111,7 @@ def our_steps(
 ) -> tuple[Callable[[], dict[str, Any]], dict[str, Any], Callable[[], TrainState]]:
     """As `our_step`, and a function for the state that the steps have come to; `keep`: freed memory, as `train.py`."""
     if keep:
-        keep_freed_memory()
+        keep_freed_memory(config.model.width)
     layout = choose_layout(config.parallel, config.data.batch_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = functools.partial(

@@ -46,27 +46,8 @@ def torch_translation_step(
 
     torch.set_num_threads(cores())
     torch.manual_seed(0)
-    shape = (config.width, config.heads, config.hidden_width, config.dropout)
-    same: dict[str, Any] = {"activation": config.activation, "layer_norm_eps": config.norm_epsilon, "batch_first": True}
-    encoder_layer = torch.nn.TransformerEncoderLayer(*shape, **same)
-    decoder_layer = torch.nn.TransformerDecoderLayer(*shape, **same)
-    for layer in (encoder_layer, decoder_layer):
-        layer.dropout.p = 0.0  # inside the feed-forward layer, where the paper has none; nor has it among the weights
-        for attention in (m for m in layer.modules() if isinstance(m, torch.nn.MultiheadAttention)):
-            attention.dropout = 0.0
-    model = torch.nn.Transformer(
-        config.width,
-        config.heads,
-        custom_encoder=torch.nn.TransformerEncoder(encoder_layer, config.encoder_layers, enable_nested_tensor=False),
-        custom_decoder=torch.nn.TransformerDecoder(decoder_layer, config.decoder_layers),
-        batch_first=True,
-    )
-    embedding = torch.nn.Embedding(*parameters["token_embedding"]["embedding"].shape)
+    model, embedding = _torch_transformer(config, parameters)
     drop = torch.nn.Dropout(config.dropout)
-    _assign(embedding, {"weight": parameters["token_embedding"]["embedding"]})
-    for side, layers in (("encoder", model.encoder.layers), ("decoder", model.decoder.layers)):
-        for number, layer in enumerate(layers):
-            _assign(layer, _torch_layer(_layer(parameters[side], number)))
     both = torch.nn.ModuleList([embedding, model]).train()
 
     source, target, targets = (
@@ -109,6 +90,33 @@ def torch_translation_step(
         return loss.item()
 
     return step, {}
+
+
+def _torch_transformer(config: TransformerConfig, parameters: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A `torch.nn.Transformer` with our weights, and its embedding."""
+    import torch
+
+    shape = (config.width, config.heads, config.hidden_width, config.dropout)
+    same: dict[str, Any] = {"activation": config.activation, "layer_norm_eps": config.norm_epsilon, "batch_first": True}
+    encoder_layer = torch.nn.TransformerEncoderLayer(*shape, **same)
+    decoder_layer = torch.nn.TransformerDecoderLayer(*shape, **same)
+    for layer in (encoder_layer, decoder_layer):
+        layer.dropout.p = 0.0  # inside the feed-forward layer, where the paper has none; nor has it among the weights
+        for attention in (m for m in layer.modules() if isinstance(m, torch.nn.MultiheadAttention)):
+            attention.dropout = 0.0
+    model = torch.nn.Transformer(
+        config.width,
+        config.heads,
+        custom_encoder=torch.nn.TransformerEncoder(encoder_layer, config.encoder_layers, enable_nested_tensor=False),
+        custom_decoder=torch.nn.TransformerDecoder(decoder_layer, config.decoder_layers),
+        batch_first=True,
+    )
+    embedding = torch.nn.Embedding(*parameters["token_embedding"]["embedding"].shape)
+    _assign(embedding, {"weight": parameters["token_embedding"]["embedding"]})
+    for side, layers in (("encoder", model.encoder.layers), ("decoder", model.decoder.layers)):
+        for number, layer in enumerate(layers):
+            _assign(layer, _torch_layer(_layer(parameters[side], number)))
+    return model, embedding
 
 
 def marian_translator(

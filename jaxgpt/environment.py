@@ -21,6 +21,7 @@ FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 FUSION_VALUE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 MISCOMPILING_JAXLIB = ("0.10.2",)
 PCI_DEVICES = Path("/sys/bus/pci/devices")
+WIDE = 384  # measured on 2 cores: from here on large blocks cost more than waiting for one another
 GOOGLE = "0x1ae0"  # as a vendor on the PCI bus, where TPUs are; its network cards too
 
 
@@ -95,20 +96,26 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "jaxgpt"
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(width: int | None = None) -> None:
     """Let the process keep memory that it frees, where it runs on glibc.
 
     XLA on CPU allocates a program's temporaries anew each time it runs. glibc takes blocks above 32 MB from the system
     and gives them back at once, so that every step faults all its pages in again: an eighth to a fifth of a small
-    model's step. Threads keep their own arenas, though those cannot hold blocks above 64 MB: for one that all share
-    they wait, in a small model's step a fifth of the time, in compilation a third.
+    model's step.
+
+    Args:
+        width: of a model that is to be trained. Threads then have arenas of their own unless it is `WIDE`: for one that
+            all share they wait, in a narrow model's step a fifth of the time, in compilation a third; but those of
+            threads cannot hold blocks above 64 MB, which wide ones need. None: one arena.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX
     mallopt(trim_threshold, -1)
     mallopt(mmap_max, 0)
+    if width is None or width >= WIDE:
+        mallopt(arena_max, 1)
 
 
 def use_compilation_cache() -> None:

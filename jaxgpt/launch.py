@@ -85,7 +85,7 @@ def train(
     if config.strict_reproducibility:
         fix_threads()
     use_compilation_cache()
-    keep_freed_memory()
+    keep_freed_memory(config.model.width)
     hosts = hosts or connect(config.distributed, config.hosts)
     run = RunFolder(Path(hosts.of_first(str(run_path(config, recipe)))), writes=hosts.first)
     if hosts.count > 1:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.models.gpt import init_parameters
 
 
 def drawn(init: Callable[[jax.Array], Any], seed: int = 0, std: float = 0.5) -> Any:
@@ -17,3 +21,8 @@ def drawn(init: Callable[[jax.Array], Any], seed: int = 0, std: float = 0.5) -> 
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.array(random.normal(path[-1].key == "scale", std, leaf.shape), leaf.dtype), shapes
     )
+
+
+def random_gpt(config: GPTConfig, seed: int = 0) -> Any:
+    """The parameters of a GPT."""
+    return drawn(functools.partial(init_parameters, config), seed)

@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from drawn import drawn
 from test_sentiment import train
 from test_special_tokens import CHARACTERS, MAKERS, random_texts
 
@@ -36,13 +37,6 @@ judge = jax.jit(finetuning.judge, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def random_parameters(config, seed):
-    """No parameter is 0 or 1, so that each has its part in what comes out."""
-    parameters = initial.separated(config, jax.random.key(seed), None)[0]
-    keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(parameters))))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), parameters)
-
-
 def tuned(seed, changes, name, model, unused=0):
     """A classifier of a random shape."""
     rng, tokenizer = np.random.default_rng(seed), MAKERS[name]()
@@ -52,7 +46,7 @@ def tuned(seed, changes, name, model, unused=0):
     shape = {"heads": heads, "width": width, "layers": layers, **model}
     shape = GPTConfig(vocab_size=size, context=24, init_std=0.3, unroll=1, **shape)
     config = FinetuneConfig(**{"labels": LABELS, **changes}, model=shape)
-    return Trained(config, random_parameters(config, seed), tokenizer)
+    return Trained(config, drawn(lambda key: initial.separated(config, key, None)[0], seed, 0.3), tokenizer)
 
 
 def random_examples(seed, task):

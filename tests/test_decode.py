@@ -1,18 +1,17 @@
 """Decoding: cache, batch, guesses and lengths change nothing; a seed is a text; the window slides when it is full."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import pytest
-from drawn import drawn
+from drawn import random_gpt
 
 from jaxgpt.config import GenerationConfig, GPTConfig
 from jaxgpt.generation.decode import Text, bucket, gpt_decoder, guess, padded
 from jaxgpt.generation.sampling import choose_token, rules
 from jaxgpt.models.blocks import decoding_parameters
-from jaxgpt.models.gpt import GPT, init_parameters, output_head
+from jaxgpt.models.gpt import GPT, output_head
 from jaxgpt.models.losses import unembed
 
 CONTEXT = 8
@@ -24,15 +23,11 @@ GREEDY = GenerationConfig(temperature=0.0)
 SAMPLED = GenerationConfig(temperature=1.5, seed=3)
 
 
-def random_parameters(config, seed):
-    return drawn(functools.partial(init_parameters, config), seed)
-
-
 class Model:
     """A GPT, its decoder, and the same from nothing: whole windows, stacked parameters, no cache."""
 
     def __init__(self, config=MODEL, seed=0):
-        stacked = random_parameters(config, seed)
+        stacked = random_gpt(config, seed)
         self.parameters, self.decoder, self.context = decoding_parameters(stacked), gpt_decoder(config), config.context
 
         @jax.jit

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import drawn
+from drawn import random_gpt
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.models.blocks import decoding_parameters
@@ -85,10 +85,6 @@ def small(change, dtype="float64"):
     return GPTConfig(vocab_size=23, context=16, layers=2, width=8, unroll=1, **settings)
 
 
-def random_parameters(config, seed=0):
-    return drawn(functools.partial(init_parameters, config), seed)
-
-
 @pytest.mark.parametrize(
     ("change", "dtype", "tolerance"),
     [*((change, "float64", 1e-10) for change in CHANGES), ("default", "float32", 1e-4), ("untied", "float32", 1e-4)],
@@ -96,7 +92,7 @@ def random_parameters(config, seed=0):
 def test_causality_is_exact_and_cached_decoding_equals_uncached(x64, change, dtype, tolerance):
     """Ragged prompts, padded with tokens that must not matter; then steps of one token and of several."""
     config = small(change, dtype)
-    parameters = random_parameters(config)
+    parameters = random_gpt(config)
     tokens, lengths = np.array(random_tokens(1, 4, 16, 23)), np.array([5, 1, 8, 3], np.int32)
     whole = np.array(logits_of(config, parameters, tokens))
 
@@ -204,7 +200,7 @@ def by_the_formulas(config, parameters, tokens):
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_model_is_that_of_the_papers(x64, change):
     config, tokens = small(change), np.array(random_tokens(1, 4, 16, 23))
-    parameters = random_parameters(config)
+    parameters = random_gpt(config)
     whole = logits_of(config, parameters, jnp.array(tokens))
     np.testing.assert_allclose(whole, by_the_formulas(config, parameters, tokens), atol=1e-9)
 
@@ -217,7 +213,7 @@ def test_every_option_has_an_effect(x64):
     logits = {}
     for change in CHANGES:
         if "bias" not in change and change not in OTHER_PARAMETERS:
-            parameters = random_parameters(small("default"))
+            parameters = random_gpt(small("default"))
             if small(change).norm == "post":
                 del parameters["final_norm"]
             logits[change] = np.array(logits_of(small(change), parameters, random_tokens(1, 4, 16, 23)))
@@ -228,7 +224,7 @@ def test_every_option_has_an_effect(x64):
 @pytest.mark.parametrize("change", ["default", "post-norm, no bias", "untied", "unscaled, by layer", "modern"])
 def test_the_layout_for_decoding_changes_no_value(x64, change):
     config, tokens = small(change), random_tokens(1, 4, 16, 23)
-    stacked = random_parameters(config)
+    stacked = random_gpt(config)
     laid_out = decoding_parameters(stacked)
     assert "blocks" not in laid_out and {"block_0", "block_1"} <= laid_out.keys()
     count = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (stacked, laid_out)]
@@ -241,20 +237,20 @@ def test_the_layout_for_decoding_changes_no_value(x64, change):
 
 def test_prefill_reads_either_layout(x64):
     config, tokens = small("default"), random_tokens(1, 2, 6, 23)
-    parameters, counts = random_parameters(config), jnp.array([6, 2])
+    parameters, counts = random_gpt(config), jnp.array([6, 2])
     run = jax.jit(lambda parameters: prefill(config, parameters, tokens, counts, 8))
     for ours, other in zip(*map(jax.tree.leaves, (run(parameters), run(decoding_parameters(parameters)))), strict=True):
         np.testing.assert_allclose(ours, other, atol=1e-12)
 
 
 def test_a_cache_needs_the_layout_for_decoding():
-    parameters = random_parameters(TINY)
+    parameters = random_gpt(TINY)
     with pytest.raises(ValueError, match="must be laid out by decoding_parameters"):
         GPT(TINY).apply({"params": parameters}, random_tokens(0, 2, 4), cache=empty_cache(2, 8))
 
 
 def test_what_the_cache_cannot_hold_is_refused():
-    parameters = decoding_parameters(random_parameters(TINY))
+    parameters = decoding_parameters(random_gpt(TINY))
     with pytest.raises(ValueError, match="9 tokens do not fit a context of 8"):
         GPT(TINY).apply({"params": parameters}, random_tokens(0, 2, 9), cache=empty_cache(2, 8))
 
@@ -264,7 +260,7 @@ def test_what_the_cache_cannot_hold_is_refused():
 )
 def test_gradients_agree_with_finite_differences(x64, change):
     config = dataclasses.replace(small("default"), **change)
-    parameters, tokens = jax.tree.map(np.array, random_parameters(config)), random_tokens(1, 2, 9, 23)
+    parameters, tokens = jax.tree.map(np.array, random_gpt(config)), random_tokens(1, 2, 9, 23)
     both = jax.jit(jax.value_and_grad(lambda p: mean_loss(config, p, tokens)))
     gradients, random = jax.tree.map(np.array, both(parameters)[1]), np.random.default_rng(0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
@@ -281,7 +277,7 @@ def test_gradients_agree_with_finite_differences(x64, change):
 
 def test_ways_to_compute_do_not_change_the_result(x64):
     config = dataclasses.replace(small("default"), layers=3, dropout=0.2, unroll=3)
-    parameters, tokens = random_parameters(config), random_tokens(1, 2, 12, 23)
+    parameters, tokens = random_gpt(config), random_tokens(1, 2, 12, 23)
     keys = jax.random.split(jax.random.key(2), 2)
 
     def run(**change):
@@ -320,7 +316,7 @@ def test_dropout_is_the_rows_own():
     """A row loses the same activations whatever rows are beside it, and another row loses others."""
     plain = small("default", "float32")
     config = dataclasses.replace(plain, dropout=0.4)
-    parameters = random_parameters(config)
+    parameters = random_gpt(config)
     tokens = jnp.broadcast_to(random_tokens(1, 1, 16, 23), (4, 16))
     keys = jax.random.split(jax.random.key(2), 4)
     together = logits_of(config, parameters, tokens, dropout_keys=keys)
@@ -334,7 +330,7 @@ def test_embeddings_and_attention_may_have_a_dropout_of_their_own():
     """Each of the two changes what comes out when it alone is on, and when it alone is off."""
     tokens, keys = random_tokens(1, 4, 16, 23), jax.random.split(jax.random.key(2), 4)
     config = small("default", "float32")
-    parameters = random_parameters(config)
+    parameters = random_gpt(config)
 
     def logits(**change):
         return np.array(logits_of(dataclasses.replace(config, **change), parameters, tokens, dropout_keys=keys))
@@ -363,13 +359,13 @@ def test_half_precision_compute_keeps_float32_parameters():
 
 
 def test_too_many_tokens_are_refused():
-    parameters = random_parameters(TINY)
+    parameters = random_gpt(TINY)
     with pytest.raises(ValueError, match="25 tokens do not fit a context of 24"):
         GPT(TINY).apply({"params": parameters}, random_tokens(0, 1, 25))
 
 
 def test_an_id_outside_the_vocabulary_is_not_another_token():
-    parameters = random_parameters(TINY)
+    parameters = random_gpt(TINY)
     assert jnp.isnan(logits_of(TINY, parameters, jnp.array([[50]]))).all()
 
 

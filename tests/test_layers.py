@@ -67,3 +67,13 @@ def test_the_gradient_of_a_bias_is_the_sum_of_the_outputs(x64):
     gradients = jax.grad(lambda variables: jnp.sum(layer.apply(variables, x) * weights))(variables)["params"]
     np.testing.assert_allclose(gradients["bias"], weights.sum((0, 1)), rtol=1e-12)
     np.testing.assert_allclose(gradients["kernel"], jnp.einsum("bti,bto->io", x, weights), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_gradient_of_an_mlp_keeps_its_hidden_layer_before_and_after_the_activation_alone(name):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    layer = MLP(hidden=8, activation=name)
+    variables = layer.init(jax.random.key(1), x)
+    kept = jax.eval_shape(lambda variables: jax.vjp(layer.apply, variables, x)[1], variables)
+    hidden = [leaf for leaf in jax.tree.leaves(kept) if leaf.size == 2 * 3 * 8 and leaf.dtype == x.dtype]
+    assert len(hidden) <= 2

@@ -15,7 +15,7 @@ from jaxgpt.models.sharding import batch_sharding
 from jaxgpt.tasks import lm
 from jaxgpt.training import parallel
 from jaxgpt.training.optimizer import make_optimizer
-from jaxgpt.training.parallel import choose_layout
+from jaxgpt.training.parallel import choose_layout, compiling
 from jaxgpt.training.step import TrainState, evaluate_step, train_step
 
 MODEL = GPTConfig(vocab_size=12, context=6, layers=1, heads=2, width=8, dropout=0.3, unroll=1)
@@ -211,3 +211,27 @@ def test_what_does_not_fit_two_hosts_is_refused(config, batch_size, message):
     devices = jax.devices()
     with pytest.raises(ValueError, match=message):
         choose_layout(config, batch_size, hosts=[devices[:4], devices[4:]])
+
+
+def test_what_is_compiled_beside_something_else_is_not_compiled_again():
+    traced = []
+
+    def program(state, rows, factor):
+        traced.append(state.shape)
+        return state + factor * rows.sum()
+
+    compiled = jax.jit(program)
+    arguments = (jnp.ones((7, 3)), jnp.arange(5.0), np.float32(2))
+    with compiling(compiled, *arguments):
+        pass
+    assert traced == [(7, 3)]
+    np.testing.assert_array_equal(compiled(*arguments), 21.0)
+    assert traced == [(7, 3)]
+
+
+def test_what_fails_to_compile_fails_where_it_is_called():
+    wrong = jax.jit(lambda x: x @ x)
+    with compiling(wrong, jnp.ones((2, 3))):
+        pass
+    with pytest.raises(TypeError, match="shapes"):
+        wrong(jnp.ones((2, 3)))

@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from jaxgpt.config import OptimizerConfig
 from jaxgpt.models.attention import dropout
-from jaxgpt.training.step import TrainState, evaluate_step, loss_and_gradients, row_keys, train_step
+from jaxgpt.training.optimizer import make_optimizer
+from jaxgpt.training.step import TrainState, evaluate_step, loss_and_gradients, row_keys, train_step, update
 
 
 def loss(parameters, batch, keys):
@@ -133,3 +135,14 @@ def test_evaluation_is_without_dropout(x64):
         parameters, batch, sums=without_keys, reduce=lambda tree: jax.tree.map(lambda x: 2 * x, tree)
     )
     assert summed == (2 * total, 2 * weight)
+
+
+def test_the_new_state_is_written_over_the_old():
+    """The norm's squares take as much as the parameters; copies of the state would take that twice more."""
+    shapes = {name: jax.ShapeDtypeStruct((size, 256), jnp.float32) for name, size in (("a", 512), ("b", 768))}
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    program = jax.jit(functools.partial(update, optimizer=optimizer), donate_argnums=0)
+    memory = program.lower(state, (number, number, shapes), number).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.2 * sum(leaf.size * 4 for leaf in shapes.values())

@@ -139,7 +139,9 @@ def _show(result: Plan, name: str, options: PlanOptions, notes: list[str]) -> No
     _line("together, a device", f"{result.bytes / 2**30:10.3f} GiB{fits}")
     _line("FLOPs a device", f"{result.flops / 1e12:10.2f} T a step")
     _line("sent by a device", f"{result.collective_bytes / 2**30:10.3f} GiB a step")
-    if chip is not None and result.fits:
+    if chip is None:
+        _line("time", "of this machine's devices the peaks are not known")
+    elif result.fits:
         parts = ", ".join(f"{limit} {seconds * 1e3:.1f}" for limit, seconds in result.seconds.items())
         _line("a step, at least", f"{result.step_seconds * 1e3:10.1f} ms  ({parts})")
         _line("MFU, at most", f"{result.mfu:10.1%}")

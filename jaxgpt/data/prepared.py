@@ -94,7 +94,8 @@ def prepare_folder(
     tokens = {name: sum(entry["tokens"] for entry in index[name]["shards"]) for name in SPLITS}
     say(
         f"{split.documents:,} document(s), {index['train']['bytes'] + index['held_out']['bytes']:,} bytes: "
-        f"{tokens['train']:,} tokens to train on, {tokens['held_out']:,} held out, of {tokenizer.vocab_size:,}"
+        f"{tokens['train']:,} tokens to train on, {tokens['held_out']:,} held out; "
+        f"a vocabulary of {tokenizer.vocab_size:,}"
     )
 
 

@@ -92,7 +92,7 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
             if isinstance(axis, str) and size % mesh.shape[axis]:
                 raise ValueError(
                     f"{'/'.join(names[-2:])} {leaf.shape} cannot be cut along the mesh axis {axis}: "
-                    f"{mesh.shape[axis]} does not divide {size}"
+                    f"{mesh.shape[axis]} does not divide {size}; take another --parallel.mesh or size"
                 )
         return NamedSharding(mesh, PartitionSpec(*axes))
 
