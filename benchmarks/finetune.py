@@ -98,7 +98,7 @@ def our_step(
     config: FinetuneConfig, parameters: Any, batch: dict[str, np.ndarray], seed: int
 ) -> tuple[Callable[[], float], dict[str, Any]]:
     """A function that runs one step of the program itself, and how it is spread over devices."""
-    keep_freed_memory()
+    keep_freed_memory(config.model.width)
     layout = choose_layout(config.parallel, len(batch["row"]), "batch-size")
     optimizer = make_optimizer(config.optimizer, steps=1)
     step = functools.partial(train_step, loss=functools.partial(loss, config), optimizer=optimizer, seed=seed)

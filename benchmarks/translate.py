@@ -127,7 +127,7 @@ def our_step(
     config: TransformerConfig, parameters: Any, batch: dict[str, np.ndarray], seed: int
 ) -> tuple[Callable[[], float], dict[str, Any]]:
     """A function that runs one step of the program itself, and how it is spread over devices."""
-    keep_freed_memory()
+    keep_freed_memory(config.width)
     layout = choose_layout(ParallelConfig(), len(batch["row"]), "batch-size")
     optimizer = make_optimizer(OPTIMIZER, steps=1, width=config.width)
     step = functools.partial(
