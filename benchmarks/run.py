@@ -38,7 +38,7 @@ class Options:
     data: str | None = None
     """a text, such as tinyshakespeare.txt, for what trains to the end (default: that is left out)"""
     only: tuple[str, ...] = ()
-    """names of benchmarks, as they head their tables (default: all)"""
+    """names of benchmarks (default: all)"""
     peers: bool = True
     """measure the peers that are installed as well"""
 
@@ -87,7 +87,7 @@ def commands(options: Options) -> dict[str, list[str]]:
             *(["--vs", "plain"] if torch else []),
         ]
     for name in options.only:
-        require(name in suite, f"there is no benchmark {name}{suggestion(name, suite)}; there are {', '.join(suite)}")
+        require(name in suite, f"there is no benchmark {name}{suggestion(name, suite)}")
     return {name: [*words, "--json"] for name, words in suite.items() if not options.only or name in options.only}
 
 

@@ -240,3 +240,37 @@ def test_attention_is_measured_beside_pytorch(tmp_path):
 )
 def test_bad_input_to_attention_is_one_line(refusal, arguments, message):
     assert message in refusal("attention", arguments)
+
+
+def test_scaling_puts_several_devices_beside_one(tmp_path):
+    small = ["--batch-size", "4", "--sequence-length", "8", "--steps", "1", "--rounds", "1"]
+    done = benchmark(tmp_path, "--devices", "2", "--strategies", "pmap", *small, "--json", script="scaling.py")
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert set(results) == {"single x 1", "pmap x 2"}
+    assert all(row["tokens_per_second"]["median"] > 0 for row in results.values())
+
+
+def test_the_suite_keeps_what_each_benchmark_measured_and_draws_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "results"
+    done = benchmark(tmp_path, "--only", "attention", "--peers", "False", "--out", str(out), script="run.py")
+    assert "== attention: python benchmarks/attention.py" in done.stdout and "1 of 1 measured" in done.stdout
+    assert {path.name for path in out.iterdir()} == {"environment.json", "attention.json", "attention.png"}
+    assert [one["length"] for one in json.loads((out / "attention.json").read_text())["results"]] == [
+        128,
+        256,
+        512,
+        1024,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "atention"], "there is no benchmark atention; did you mean attention?"),
+        (["--only", "nonsense"], "there is no benchmark nonsense; there are train_step, attention, "),
+        (["--form", "long"], "long"),
+    ],
+)
+def test_bad_input_to_the_suite_is_one_line(refusal, arguments, message):
+    assert message in refusal("run", arguments)
