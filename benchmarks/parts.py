@@ -34,7 +34,7 @@ def parts_of_step(config: TrainConfig) -> tuple[Callable[[str], None], dict[str,
     with its loss; clipping and the optimiser; the making of a batch on the host. What is left of a step (norms, sums,
     embeddings, dropout keys) is nobody's.
     """
-    keep_freed_memory()
+    keep_freed_memory(config.model.width)
     model = config.model
     parameters = init_parameters(model, jax.random.key(0))
     count = count_parameters(parameters)

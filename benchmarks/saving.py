@@ -21,6 +21,7 @@ from measure import environment, seconds_of, spread
 # isort: split
 import numpy as np
 
+from jaxgpt import recipes
 from jaxgpt.arguments import parse
 from jaxgpt.config import require
 from jaxgpt.environment import keep_freed_memory
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     recipe = rest.pop(0) if rest and not rest[0].startswith("-") else "shakespeare-char-cpu"
     try:
         options = parse(Options, rest, "saving.py [RECIPE]")
-        keep_freed_memory()
+        keep_freed_memory(recipes.recipe(recipe).model.width)
         with tempfile.TemporaryDirectory() as folder:
             result = measure(recipe, options, Path(folder) / "checkpoints")
     except ValueError as error:

@@ -12,6 +12,7 @@ from jaxgpt.config import (
     TASKS,
     ChatConfig,
     FinetuneConfig,
+    GPTRunConfig,
     HostsConfig,
     RunConfig,
     TrainConfig,
@@ -85,7 +86,8 @@ def train(
     if config.strict_reproducibility:
         fix_threads()
     use_compilation_cache()
-    keep_freed_memory(config.model.width)
+    based = isinstance(config, GPTRunConfig) and config.init_from is not None  # on a model of another width
+    keep_freed_memory(None if based else config.model.width)
     hosts = hosts or connect(config.distributed, config.hosts)
     run = RunFolder(Path(hosts.of_first(str(run_path(config, recipe)))), writes=hosts.first)
     if hosts.count > 1:

@@ -1,7 +1,6 @@
 """Exported classifiers: what transformers makes of texts is what we make of them, and what comes back is the same."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -36,7 +35,6 @@ FORMS = [
 judge = jax.jit(finetuning.judge, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def tuned(seed, changes, name, model, unused=0):
     """A classifier of a random shape."""
     rng, tokenizer = np.random.default_rng(seed), MAKERS[name]()

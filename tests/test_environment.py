@@ -1,11 +1,14 @@
 """The process around the program: right sums, flags that are appended, a cache folder that the user can move."""
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -145,3 +148,13 @@ def test_compiled_programs_are_kept_unless_the_user_keeps_them_already(
     use_compilation_cache()
     assert (tmp_path / "jaxgpt") in Path(compilation_cache_setting()).parents
     assert importlib.metadata.version("jaxlib") in compilation_cache_setting()
+
+
+@pytest.mark.parametrize(("width", "arenas"), [(None, 1), (128, None), (383, None), (384, 1), (768, 1)])
+def test_the_threads_of_wide_models_share_an_arena(monkeypatch, width, arenas):
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc has these settings")
+    settings = {}
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=settings.__setitem__))
+    environment.keep_freed_memory(width)
+    assert settings == {-1: -1, -4: 0} | ({} if arenas is None else {-8: arenas})

@@ -1,6 +1,7 @@
 """The same step on any number of devices: losses agree, the state has no replica axis, donated memory is reused."""
 
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -213,20 +214,27 @@ def test_what_does_not_fit_two_hosts_is_refused(config, batch_size, message):
         choose_layout(config, batch_size, hosts=[devices[:4], devices[4:]])
 
 
-def test_what_is_compiled_beside_something_else_is_not_compiled_again():
-    traced = []
-
-    def program(state, rows, factor):
-        traced.append(state.shape)
-        return state + factor * rows.sum()
-
-    compiled = jax.jit(program)
-    arguments = (jnp.ones((7, 3)), jnp.arange(5.0), np.float32(2))
-    with compiling(compiled, *arguments):
-        pass
-    assert traced == [(7, 3)]
-    np.testing.assert_array_equal(compiled(*arguments), 21.0)
-    assert traced == [(7, 3)]
+@pytest.mark.parametrize(
+    "layout", [ParallelConfig(strategy="single"), ParallelConfig(mesh="data=2")], ids=["one", "mesh"]
+)
+def test_what_is_compiled_beside_something_else_is_not_compiled_again(layout):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **about: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    layout = choose_layout(config, 4)
+    state = layout.initial(lambda: {"w": jnp.ones((7, 3))})
+    batch = layout.place({"x": np.arange(4, dtype=np.float32)})
+    program = layout.compile(lambda state, batch, factor, reduce: state["w"] + factor * batch["x"].sum(), scalars=1)
+    try:
+        before = len(compiled)
+        with compiling(program, state, batch, np.float32(0)):
+            pass
+        ahead = len(compiled)
+        np.testing.assert_array_equal(program(state, batch, np.float32(2)), np.full((7, 3), 13.0))
+        assert len(compiled) == ahead > before
+    finally:
+        jax.monitoring.clear_event_listeners()
 
 
 def test_what_fails_to_compile_fails_where_it_is_called():
@@ -235,3 +243,17 @@ def test_what_fails_to_compile_fails_where_it_is_called():
         pass
     with pytest.raises(TypeError, match="same shape"):
         wrong(jnp.ones((2, 3)))
+
+
+def test_an_exception_does_not_wait_for_the_compiler():
+    never = threading.Event()
+
+    class Slow:
+        trace = __call__ = lambda self, *arguments: None
+
+        def lower(self, *arguments):
+            never.wait()
+
+    with pytest.raises(KeyboardInterrupt), compiling(Slow()):
+        raise KeyboardInterrupt
+    never.set()

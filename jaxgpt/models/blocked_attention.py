@@ -38,7 +38,7 @@ def whole_attention(
     causal: bool,
     window: int | None = None,
 ) -> Float[Array, "B N T H"]:
-    """softmax(scale Q K^T) V with all scores at once; for the gradients their exponentials are kept (B, N, T, S).
+    """softmax(scale Q K^T) V with all scores at once; for the gradients their exponentials are kept (B, N, S, T).
 
     Where it is `causal`, query t sees keys 0..t, or the last `window` of them. One that sees nothing gets the mean
     of all values.
@@ -98,7 +98,7 @@ def blocked_attention(
 
     Queries and keys have the same segments.
     Scores exist of one block of queries and one slab of keys at a time, also for the gradients, which compute them
-    again (Dao et al. 2022): memory grows with T, not with its square, and what lies beyond the diagonal's block, or in
+    again (Dao et al. 2022): memory grows with T, not with its square, and what lies a block beyond the diagonal's, or in
     slabs wholly before the `window`, is never computed.
     """
     return _blocked_forward(query, key, value, scale, segments, dropout_keys, dropout_rate, window)[0]
@@ -209,7 +209,7 @@ def _scores(
 
 
 def _visible(queries: int, keys: int, ahead: Any, window: int | None) -> Bool[Array, "S T"]:
-    """The keys that causal queries see, which stand `ahead` of them by so many places."""
+    """The keys that causal queries see, the first query standing so many places `ahead` of the first key."""
     distance = ahead + jnp.arange(queries) - jnp.arange(keys)[:, None]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 

@@ -116,7 +116,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dense = partial(Dense, parameter_dtype=self.parameter_dtype, compute_dtype=self.compute_dtype)
         hidden = dense(features_before(self.activation, self.hidden), self.bias, self.init_std, name="up")(x)
-        # Of the activation only what goes in is kept for the gradient, not every step of its formula: for GELU a third.
+        # Of the activation what goes in is kept for the gradient, not every step of its formula (five for GELU).
         active = jax.checkpoint(activation(self.activation), prevent_cse=False)(hidden)
         return dense(x.shape[-1], self.bias, self.output_std, name="down")(active)
 

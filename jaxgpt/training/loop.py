@@ -156,10 +156,17 @@ class _Loop:
         return "the run no longer got better; a greater --patience goes on" if self._out_of_patience() else None
 
     def _evaluate_first(self, state: TrainState, step: int) -> None:
-        """Measure what the run begins with, or where a signal ended an evaluation; compile the step meanwhile."""
-        (batch,) = self.task.batches(step, step + 1, self.layout.share)
-        with compiling(self.step_program, state, self.layout.place(batch), np.float32(0)):
+        """Measure what the run begins with, or where a signal ended an evaluation; compile the step meanwhile.
+
+        Not where a run ends by the clock: two things at once are a measure of neither.
+        """
+        if self.config.max_seconds is not None:
             self._evaluate(state, step)
+        else:
+            (batch,) = self.task.batches(step, step + 1, self.layout.share)
+            with compiling(self.step_program, state, self.layout.place(batch), np.float32(0)):
+                self._evaluate(state, step)
+                self.watchdog.doing(f"compiling step {step + 1}")
         if step and self.evaluated == step:
             self._save(state, step)
 

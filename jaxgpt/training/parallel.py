@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
 import math
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -124,14 +124,22 @@ class Layout:
 
 @contextlib.contextmanager
 def compiling(program: Callable[..., Any], *arguments: Any) -> Iterator[None]:
-    """Compile a program for these arguments in a thread, while what is in this context is done.
+    """Compile a jitted program for these arguments in a thread, while what is in this context is done.
 
-    A program that is several (strategy strict) is left alone. What goes wrong goes wrong again where it is called.
+    Others (of pmap, of the strategy strict) are left alone: a call does not find what was compiled of them before.
+    What goes wrong goes wrong again where the program is called; an exception in the context does not wait.
     """
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        if isinstance(program, jax.stages.Wrapped):
-            beside.submit(lambda: program.lower(*arguments).compile())
-        yield
+
+    def compile_program() -> None:
+        with contextlib.suppress(Exception):
+            program.lower(*arguments).compile()  # type: ignore[attr-defined]
+
+    beside = threading.Thread(target=compile_program, daemon=True)
+    if isinstance(program, jax.stages.Wrapped):
+        beside.start()
+    yield
+    if beside.ident is not None:
+        beside.join()
 
 
 def on_one_device(tree: Any) -> Any:
