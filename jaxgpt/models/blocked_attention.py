@@ -98,8 +98,8 @@ def blocked_attention(
 
     Queries and keys have the same segments.
     Scores exist of one block of queries and one slab of keys at a time, also for the gradients, which compute them
-    again (Dao et al. 2022): memory grows with T, not with its square, and what lies a block beyond the diagonal's, or in
-    slabs wholly before the `window`, is never computed.
+    again (Dao et al. 2022): memory grows with T, not with its square, and what lies more than a block beyond the
+    diagonal's, or in slabs wholly before the `window`, is never computed.
     """
     return _blocked_forward(query, key, value, scale, segments, dropout_keys, dropout_rate, window)[0]
 
