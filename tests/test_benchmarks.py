@@ -268,7 +268,7 @@ def test_the_suite_keeps_what_each_benchmark_measured_and_draws_it(tmp_path):
     ("arguments", "message"),
     [
         (["--only", "atention"], "there is no benchmark atention; did you mean attention?"),
-        (["--only", "nonsense"], "there is no benchmark nonsense; there are train_step, attention, "),
+        (["--only", "zzz"], "there is no benchmark zzz; there are train_step, attention, "),
         (["--form", "long"], "long"),
     ],
 )

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from drawn import random_gpt
 from test_api import model_with
-from test_decode import MODEL, MODES, Model, assert_same, random_parameters, random_prompts
+from test_decode import MODEL, MODES, Model, assert_same, random_prompts
 
 from jaxgpt.config import GenerationConfig
 from jaxgpt.generation.decode import Text, gpt_decoder
@@ -34,7 +35,7 @@ def test_it_changes_no_text(model, mode, context):
     random = np.random.default_rng(context)
     config = dataclasses.replace(MODES[mode], draft_tokens=3)
     other = dataclasses.replace(MODEL, context=context, layers=1)
-    parameters = decoding_parameters(random_parameters(other, 5))
+    parameters = decoding_parameters(random_gpt(other, 5))
     prompts, samples, limits = random_prompts(random, 4, 9), [0, 1, 0, 2], random.integers(3, 15, 4).tolist()
     draft = Draft(gpt_decoder(other), parameters, config, (4, 7))
     ours, steps = decode(model, draft, prompts, limits, config, samples)

@@ -214,10 +214,8 @@ def test_what_does_not_fit_two_hosts_is_refused(config, batch_size, message):
         choose_layout(config, batch_size, hosts=[devices[:4], devices[4:]])
 
 
-@pytest.mark.parametrize(
-    "layout", [ParallelConfig(strategy="single"), ParallelConfig(mesh="data=2")], ids=["one", "mesh"]
-)
-def test_what_is_compiled_beside_something_else_is_not_compiled_again(layout):
+@pytest.mark.parametrize("config", [ParallelConfig(strategy="single"), ParallelConfig(mesh="data=2")], ids=str)
+def test_what_is_compiled_beside_something_else_is_not_compiled_again(config):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **about: compiled.append(event) if event.endswith("backend_compile_duration") else None
