@@ -1,13 +1,15 @@
 """The same step on any number of devices: losses agree, the state has no replica axis, donated memory is reused."""
 
 import functools
-import threading
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import drawn
+from program import ROOT
 
 from jaxgpt.config import AdaptConfig, GPTConfig, OptimizerConfig, ParallelConfig
 from jaxgpt.data.batches import Share
@@ -243,15 +245,24 @@ def test_what_fails_to_compile_fails_where_it_is_called():
         wrong(jnp.ones((2, 3)))
 
 
-def test_an_exception_does_not_wait_for_the_compiler():
-    never = threading.Event()
+LEAVES = """
+import threading
 
-    class Slow:
-        trace = __call__ = lambda self, *arguments: None
+from jaxgpt.training.parallel import compiling
 
-        def lower(self, *arguments):
-            never.wait()
 
-    with pytest.raises(KeyboardInterrupt), compiling(Slow()):
-        raise KeyboardInterrupt
-    never.set()
+class NeverCompiled:
+    trace = __call__ = None
+
+    def lower(self):
+        threading.Event().wait()
+
+
+with compiling(NeverCompiled()):
+    raise KeyboardInterrupt
+"""
+
+
+def test_ctrl_c_does_not_wait_for_the_compiler():
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, cwd=ROOT)
+    assert done.returncode == 130

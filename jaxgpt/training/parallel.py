@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.metadata
 import math
+import os
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,19 +130,35 @@ def compiling(program: Callable[..., Any], *arguments: Any) -> Iterator[None]:
     """Compile a jitted program for these arguments in a thread, while what is in this context is done.
 
     Others (of pmap, of the strategy strict) are left alone: a call does not find what was compiled of them before.
-    What goes wrong goes wrong again where the program is called; an exception in the context does not wait.
+    What goes wrong goes wrong again where the program is called. Ctrl-C does not wait for the compiler.
     """
+    if not isinstance(program, jax.stages.Wrapped):
+        yield
+        return
+
+    done = threading.Event()  # a thread that was waited for in vain says that it has ended (Python 3.11)
 
     def compile_program() -> None:
         with contextlib.suppress(Exception):
-            program.lower(*arguments).compile()  # type: ignore[attr-defined]
+            program.lower(*arguments).compile()
+        done.set()
 
-    beside = threading.Thread(target=compile_program, daemon=True)
-    if isinstance(program, jax.stages.Wrapped):
-        beside.start()
-    yield
-    if beside.ident is not None:
-        beside.join()
+    threading.Thread(target=compile_program, daemon=True).start()
+    atexit.register(_leave_unless, done)
+    try:
+        yield
+    except Exception:
+        done.wait()
+        raise
+    done.wait()
+
+
+def _leave_unless(done: threading.Event) -> None:
+    """End the process before Python goes away under a compiler that still runs, as it does after Ctrl-C alone."""
+    if not done.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
 
 
 def on_one_device(tree: Any) -> Any:
