@@ -252,7 +252,7 @@ from jaxgpt.training.parallel import compiling
 
 
 class NeverCompiled:
-    trace = __call__ = None
+    trace = __call__ = lambda self: None
 
     def lower(self):
         threading.Event().wait()
