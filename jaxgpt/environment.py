@@ -21,8 +21,8 @@ FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 FUSION_VALUE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 MISCOMPILING_JAXLIB = ("0.10.2",)
 PCI_DEVICES = Path("/sys/bus/pci/devices")
-WIDE = 384  # measured on 2 cores: from here on large blocks cost more than waiting for one another
 GOOGLE = "0x1ae0"  # as a vendor on the PCI bus, where TPUs are; its network cards too
+WIDE = 384  # a model's width from which on, on 2 cores, large blocks cost more than threads that wait for one another
 
 
 def prepare_backend() -> None:

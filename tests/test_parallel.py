@@ -264,5 +264,5 @@ with compiling(NeverCompiled()):
 
 
 def test_ctrl_c_does_not_wait_for_the_compiler():
-    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, cwd=ROOT, timeout=100)
     assert done.returncode == 130

@@ -136,8 +136,8 @@ def _blocked_forward(
                 new = jnp.maximum(highest, jnp.max(scores, -2, keepdims=True))
                 powers, shrunk = jnp.exp(scores - new), jnp.exp(highest - new)
                 weights = (powers * _kept(powers, rate, keys, _place(i, block, j))).astype(value.dtype)
-                of_keys = jnp.matmul(_turned(values[j][:, :, seen]), weights, preferred_element_type=dtype)
-                return new, total * shrunk + jnp.sum(powers, -2, keepdims=True), heads * shrunk + of_keys
+                attended = jnp.matmul(_turned(values[j][:, :, seen]), weights, preferred_element_type=dtype)
+                return new, total * shrunk + jnp.sum(powers, -2, keepdims=True), heads * shrunk + attended
 
             row = (*own.shape[:2], 1, own.shape[3])
             start = (jnp.full(row, jnp.finfo(dtype).min), jnp.zeros(row, dtype), jnp.zeros(own.shape, dtype))
