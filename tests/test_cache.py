@@ -22,14 +22,19 @@ def random_cache(seed, lengths, capacity, layers=2, heads=2, head_width=4, dtype
     return dataclasses.replace(cache, length=jnp.array(lengths, jnp.int32))
 
 
+def by_rows(array, rows):
+    """The heads of each row apart."""
+    return np.asarray(array).reshape(rows, -1, *array.shape[1:])
+
+
 def test_a_cache_starts_with_the_first_tokens_of_every_layer():
     key, value, _ = random_heads(0, 3, 5, 2, 4)
     cache = empty_cache(3, 8).start(key, value)
     assert cache.has(0) and not cache.has(1) and len(cache.start(value, key).key) == 2
     for array, first in ((cache.key[0], key), (cache.value[0], value)):
-        assert array.shape == (3, 2, 8, 4)
-        np.testing.assert_array_equal(array[:, :, :5], first.swapaxes(1, 2))
-        assert not array[:, :, 5:].any()
+        assert array.shape == (6, 8, 4)
+        np.testing.assert_array_equal(by_rows(array, 3)[:, :, :5], first.swapaxes(1, 2))
+        assert not array[:, 5:].any()
     np.testing.assert_array_equal(cache.length, [0, 0, 0])  # it moves once all layers have theirs
 
 
@@ -43,10 +48,10 @@ def test_a_cache_inserts_at_each_rows_length_and_only_in_its_layer(x64, lengths,
     for ours, old, new in ((after.key, before.key, key), (after.value, before.value, value)):
         for layer in (0, 2):
             np.testing.assert_array_equal(ours[layer], old[layer])
-        expected = np.array(old[1])
+        expected = by_rows(old[1], len(lengths)).copy()
         for row, length in enumerate(lengths):
             expected[row, :, length : length + count] = new[row].swapaxes(0, 1)
-        np.testing.assert_array_equal(ours[1], expected)
+        np.testing.assert_array_equal(by_rows(ours[1], len(lengths)), expected)
 
 
 def test_a_cache_gives_rows_in_any_order_and_number():
@@ -55,8 +60,8 @@ def test_a_cache_gives_rows_in_any_order_and_number():
     assert taken.capacity == 6
     np.testing.assert_array_equal(taken.length, [2, 1, 2, 4, 2])
     for layer in range(2):
-        np.testing.assert_array_equal(taken.key[layer], cache.key[layer][rows])
-        np.testing.assert_array_equal(taken.value[layer], cache.value[layer][rows])
+        for ours, before in ((taken.key, cache.key), (taken.value, cache.value)):
+            np.testing.assert_array_equal(by_rows(ours[layer], 5), by_rows(before[layer], 3)[rows])
 
 
 @pytest.mark.parametrize(("count", "scale"), [(1, None), (3, None), (2, 0.7)])
@@ -68,12 +73,12 @@ def test_attention_to_the_cache_is_attention_to_each_rows_own_past(x64, count, s
     attended = attend_to_cache(query, cache, 1, scale=scale)
     for row, length in enumerate(lengths):
         known = length + count
-        past = [x[1][row : row + 1, :, :known].swapaxes(1, 2) for x in (cache.key, cache.value)]
+        past = [jnp.array(by_rows(x[1], 4)[row, None, :, :known]).swapaxes(1, 2) for x in (cache.key, cache.value)]
         own = reference_attention(query[row : row + 1], *past, mask=causal_mask(count, known, length), scale=scale)
         np.testing.assert_allclose(attended[row], own[0], atol=1e-12)
 
     beyond = jnp.arange(8) >= (cache.length + count)[:, None]
-    garbage = jnp.where(beyond[:, None, :, None], 1e150, 0)
+    garbage = jnp.where(jnp.repeat(beyond, 2, axis=0)[..., None], 1e150, 0)
     spoiled = dataclasses.replace(
         cache, key=tuple(k + garbage for k in cache.key), value=tuple(v - garbage for v in cache.value)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
 
 import flax.struct
 import jax
@@ -22,12 +22,13 @@ class KVCache:
 
     A pytree that goes into `apply` and comes out new. Each row has a length of its own, so that prompts of different
     lengths share a batch: what lies beyond a row's length is never looked at, and is overwritten as the row grows. A
-    layer that has seen nothing yet has no arrays (see `empty_cache`). The arrays are one pair a layer, not stacked: of
-    a stacked array XLA would copy a layer's part to read it.
+    layer that has seen nothing yet has no arrays (see `empty_cache`). The arrays are one pair a layer, not stacked, and
+    the heads of all rows are one dimension, B N: of any other form XLA on CPU would copy a layer's arrays in each step
+    instead of writing into them.
     """
 
-    key: tuple[Float[Array, "B N S H"], ...]
-    value: tuple[Float[Array, "B N S H"], ...]
+    key: tuple[Float[Array, "BN S H"], ...]
+    value: tuple[Float[Array, "BN S H"], ...]
     length: Int[Array, " B"]
     capacity: int = flax.struct.field(pytree_node=False)
 
@@ -38,7 +39,7 @@ class KVCache:
     def start(self, key: Float[Array, "B T N H"], value: Float[Array, "B T N H"]) -> KVCache:
         """Add the first tokens of the next layer, of every row, T up to S."""
         beyond = ((0, 0), (0, 0), (0, self.capacity - key.shape[1]), (0, 0))
-        key, value = (jnp.pad(x.swapaxes(1, 2), beyond) for x in (key, value))
+        key, value = (_heads_joined(jnp.pad(x.swapaxes(1, 2), beyond)) for x in (key, value))
         return dataclasses.replace(self, key=(*self.key, key), value=(*self.value, value))
 
     def insert(self, layer: int, key: Float[Array, "B T N H"], value: Float[Array, "B T N H"]) -> KVCache:
@@ -51,7 +52,8 @@ class KVCache:
 
     def take(self, rows: Int[Array, " R"], groups: Int[Array, " G"] | None = None) -> KVCache:
         """Return the cache of these rows, in this order; a row may come several times. Groups change nothing here."""
-        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), self)
+        key, value = (_of_rows(layers, len(self.length), rows) for layers in (self.key, self.value))
+        return dataclasses.replace(self, key=key, value=value, length=jnp.take(self.length, rows))
 
 
 def empty_cache(batch: int, capacity: int) -> KVCache:
@@ -81,32 +83,39 @@ class DecoderCache(KVCache):
 
     def take(self, rows: Int[Array, " R"], groups: Int[Array, " G"] | None = None) -> DecoderCache:
         """Return the cache of these rows, in this order; `groups` are their sources, None: the same as before."""
-
-        def taken(tree: Any, places: Int[Array, " n"]) -> Any:
-            return jax.tree.map(lambda x: jnp.take(x, places, axis=0), tree)
-
-        key, value, length = taken((self.key, self.value, self.length), rows)
-        past = dataclasses.replace(self, key=key, value=value, length=length)
+        key, value = (_of_rows(layers, len(self.length), rows) for layers in (self.key, self.value))
+        past = dataclasses.replace(self, key=key, value=value, length=jnp.take(self.length, rows))
         if groups is None:
             return past
-        source = taken((self.source_key, self.source_value, self.source_mask), groups)
-        return dataclasses.replace(
-            past, **dict(zip(("source_key", "source_value", "source_mask"), source, strict=True))
+        key, value, mask = jax.tree.map(
+            lambda x: jnp.take(x, groups, axis=0), (self.source_key, self.source_value, self.source_mask)
         )
+        return dataclasses.replace(past, source_key=key, source_value=value, source_mask=mask)
 
 
 def _with(layers: tuple[Array, ...], layer: int, new: Array) -> tuple[Array, ...]:
     return (*layers[:layer], new, *layers[layer + 1 :])
 
 
+def _heads_joined(x: Float[Array, "B N S H"]) -> Float[Array, "BN S H"]:
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _of_rows(layers: tuple[Array, ...], batch: int, rows: Int[Array, " R"]) -> tuple[Array, ...]:
+    """Keys or values (B N, S, H) of every layer, of these rows of the batch: (R N, S, H)."""
+    return tuple(_heads_joined(jnp.take(x.reshape(batch, -1, *x.shape[1:]), rows, axis=0)) for x in layers)
+
+
 def _write_rows(
-    old: Float[Array, "B N S H"], new: Float[Array, "B T N H"], start: Int[Array, " B"]
-) -> Float[Array, "B N S H"]:
+    old: Float[Array, "BN S H"], new: Float[Array, "B T N H"], start: Int[Array, " B"]
+) -> Float[Array, "BN S H"]:
     new = new.swapaxes(1, 2).astype(old.dtype)
     zero = jnp.zeros((), start.dtype)  # all indices of one type, also where x64 is on
-    if old.shape[0] == 1:  # one row needs no scatter, which takes a fifth longer
-        return jax.lax.dynamic_update_slice(old, new, (zero, zero, start[0], zero))
-    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (zero, at, zero)))(old, new, start)
+    if len(start) == 1:  # one row needs no scatter, which takes a fifth longer
+        return jax.lax.dynamic_update_slice(old, new[0], (zero, start[0], zero))
+    rows = old.reshape(*new.shape[:2], *old.shape[1:])
+    write = jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (zero, at, zero)))
+    return _heads_joined(write(rows, new, start))
 
 
 def attend_to_cache(
@@ -117,17 +126,27 @@ def attend_to_cache(
     Where the cache has fewer heads than the query, each of its heads serves as many of the query's, side by side.
     """
     batch, count, heads, width = query.shape
-    shared = heads // cache.key[layer].shape[1]
-    positions = cache.length[:, None] + jnp.arange(count)
-    own = jnp.repeat(positions, shared, axis=1)[:, None, :, None]
-    mask = jnp.arange(cache.capacity) <= own
-    if window is not None:
-        mask = mask & (jnp.arange(cache.capacity) > own - window)
-    # Query heads that share keys are as many queries to them.
-    together = query.reshape(batch, count, -1, shared, width).swapaxes(2, 3).reshape(batch, count * shared, -1, width)
-    weights = attention_weights(together, cache.key[layer], mask, scale)
-    attended = jnp.einsum("BNTS,BNSH->BTNH", weights, cache.value[layer])
-    return attended.reshape(batch, count, shared, -1, width).swapaxes(2, 3).reshape(query.shape)
+    key, value = cache.key[layer], cache.value[layer]
+    shared = heads * batch // len(key)
+    # Query heads that share keys are as many queries to them: Q = T x shared.
+    queries = query.reshape(batch, count, -1, shared, width).transpose(0, 2, 4, 1, 3).reshape(len(key), width, -1)
+    own = jnp.repeat(cache.length[:, None] + jnp.arange(count), shared, axis=1)[:, None, None]
+    places = jnp.arange(cache.capacity)[:, None]
+    mask = places <= own if window is None else (places <= own) & (places > own - window)
+    weights = _weights_of_keys(key, queries, mask, scale).astype(value.dtype)
+    attended = jnp.einsum("MSQ,MSH->MQH", weights, value).reshape(batch, -1, count, shared, width)
+    return attended.transpose(0, 2, 1, 3, 4).reshape(query.shape)
+
+
+def _weights_of_keys(
+    key: Float[Array, "BN S H"], queries: Float[Array, "BN H Q"], mask: Bool[Array, "B 1 S Q"], scale: Scale
+) -> Float[Array, "BN S Q"]:
+    """`attention.attention_weights` with the keys in rows, as they lie in the cache: nothing is turned but queries."""
+    dtype = jnp.promote_types(key.dtype, jnp.float32)
+    scores = jnp.matmul(key, queries, preferred_element_type=dtype)
+    scores = scores / math.sqrt(key.shape[-1]) if scale is None else scores * scale
+    of_rows = scores.reshape(len(mask), -1, *scores.shape[1:])
+    return jax.nn.softmax(jnp.where(mask, of_rows, jnp.finfo(dtype).min), axis=-2).reshape(scores.shape)
 
 
 def attend_to_source(
