@@ -227,9 +227,8 @@ class _Loop:
 
     def _settle(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Read the metrics of a finished step, log them; stop if too many in a row were skipped, or a save failed."""
-        read = jax.device_get(metrics)  # all at once: one wait
-        loss, norm, tokens = (float(read[name]) for name in ("loss", "gradient_norm", "tokens"))
-        skipped = bool(read["skipped"])
+        loss, norm, tokens = (float(metrics[name]) for name in ("loss", "gradient_norm", "tokens"))
+        skipped = bool(metrics["skipped"])
         self._under_way(step)
         self.checkpoints.check()
         self.skipped.count(skipped)
