@@ -76,7 +76,7 @@ def _whole_backward(rate: float, causal: bool, window: int | None, residuals: An
     of_scores = (powers * (of_weights * kept - inner)).astype(query.dtype)
     of_value = jnp.matmul((powers * kept).astype(value.dtype), of_heads)
     factor = scale.astype(query.dtype)
-    of_query = factor * _turned(jnp.matmul(_turned(key), of_scores))
+    of_query = _turned(factor * jnp.matmul(_turned(key), of_scores))
     return of_query, factor * jnp.matmul(of_scores, query), of_value, None, None, None
 
 
