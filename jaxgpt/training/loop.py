@@ -19,11 +19,12 @@ from jaxgpt.hosts import ALONE, Hosts, SharedStop
 from jaxgpt.models.partition import combine
 from jaxgpt.storage.checkpoint import Checkpoints
 from jaxgpt.storage.runs import RunFolder
+from jaxgpt.training.held_out import HeldOut
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.parallel import Layout, compiling
 from jaxgpt.training.report import Reporter, describe_evaluation, metrics_writer
 from jaxgpt.training.skipping import Skipped, no_steps, reason
-from jaxgpt.training.step import Parameters, TrainState, evaluation_step, training_step
+from jaxgpt.training.step import Parameters, TrainState, training_step
 from jaxgpt.training.stop import Stop
 from jaxgpt.training.task import Task
 from jaxgpt.training.watchdog import Watchdog
@@ -92,19 +93,13 @@ class _Loop:
             spikes=config.optimizer.skip_spikes,
         )
         self.step_program = layout.compile(step, scalars=1, donate=True)
-        self.evaluation_program = layout.compile(evaluation_step(task.evaluation_sums))
+        self.held_out = HeldOut(task, config, layout, watchdog, hosts)
         self.write = metrics_writer(run, config.tensorboard)
         self.initial_state = functools.partial(
             initial_state, task, optimizer, config.seed, config.optimizer.skip_spikes
         )
         self.skipped = Skipped(config.optimizer.max_skipped)
         self.initial_frozen = lambda: task.init(jax.random.key(config.seed))[1]
-        self.evaluation: dict[str, float] = {}
-        self.evaluated = -1  # the step `evaluation` was measured at
-        self.metric, highest = config.selection
-        self.sign = -1.0 if highest else 1.0
-        self.best, self.fruitless = math.inf, 0  # the lowest of sign x metric, and evaluations since
-        self.evaluation_seconds = math.inf
         self.started = time.monotonic()
         self.last_settled = self.started
         self.unlogged_tokens, self.unlogged_seconds = 0.0, 0.0
@@ -114,8 +109,8 @@ class _Loop:
         step = int(state.step)
         if nothing := self._nothing_left(step):
             self.report.say(f"nothing left to do: {nothing}")
-            return Outcome(step, self.evaluation, interrupted=False)
-        if step < config.steps and step % config.eval_interval == 0 and self.evaluated != step:
+            return Outcome(step, self.held_out.figures, interrupted=False)
+        if step < config.steps and step % config.eval_interval == 0 and self.held_out.step != step:
             self._evaluate_first(state, step)
         pending: tuple[int, dict[str, jax.Array]] | None = None
         self._under_way(step)
@@ -123,7 +118,7 @@ class _Loop:
 
         for batch in self.task.batches(step, config.steps, self.layout.share):
             position = self._position(step)
-            if self.stop.ask() or position >= config.steps or self._out_of_patience():
+            if self.stop.ask() or position >= config.steps or self.held_out.out_of_patience:
                 break
             state, metrics = self.step_program(state, self.layout.place(batch), np.float32(position))
             step += 1
@@ -137,23 +132,23 @@ class _Loop:
 
         if pending is not None:
             self._settle(*pending)
-        if self._out_of_patience():
-            name = self.metric.removeprefix("eval/")
-            self.report.say(f"no better held-out {name} in {self.fruitless} evaluations: this is the end")
+        if self.held_out.out_of_patience:
+            held_out = self.held_out
+            self.report.say(f"no better held-out {held_out.name} in {held_out.fruitless} evaluations: this is the end")
         elif self.stop.requested and step < config.steps:
             return self._interrupted(state, step)
         elif not step:  # by the clock alone
             raise ValueError(
                 f"no step was made in max-seconds {config.max_seconds}: the first evaluation, and as much for the last,"
-                f" are {self.seconds + self.evaluation_seconds:.1f} seconds; give more, with --resume or another --out"
+                f" are {self.seconds + self.held_out.seconds:.1f} seconds; give more, with --resume or another --out"
             )
         return self._finish(state, step)
 
     def _nothing_left(self, step: int) -> str | None:
         """Why a run that has come to this step does not go on; None: it does."""
-        if step > self.config.steps or step == self.config.steps == self.evaluated:
+        if step > self.config.steps or step == self.config.steps == self.held_out.step:
             return f"the run has its {step:,} steps; a greater --steps goes on"
-        return "the run no longer got better; a greater --patience goes on" if self._out_of_patience() else None
+        return "the run no longer got better; a greater --patience goes on" if self.held_out.out_of_patience else None
 
     def _evaluate_first(self, state: TrainState, step: int) -> None:
         """Measure what the run begins with, or where a signal ended an evaluation; compile the step meanwhile.
@@ -167,7 +162,7 @@ class _Loop:
             with compiling(self.step_program, state, self.layout.place(batch), np.float32(0)):
                 self._evaluate(state, step)
                 self.watchdog.doing(f"compiling step {step + 1}")
-        if step and self.evaluated == step:
+        if step and self.held_out.step == step:
             self._save(state, step)
 
     def _interrupted(self, state: TrainState, step: int) -> Outcome:
@@ -177,7 +172,7 @@ class _Loop:
             self._save(state, step)
         self.checkpoints.wait()
         self.run_folder.draw_curves()
-        return Outcome(step, self.evaluation, interrupted=True)
+        return Outcome(step, self.held_out.figures, interrupted=True)
 
     def _start(self) -> TrainState:
         """The newest checkpoint, or the newest that is whole; or the initial state."""
@@ -196,10 +191,8 @@ class _Loop:
             self.report.say(line)
         self.run_folder.rewind(latest)
         self.started -= extra["seconds"]
-        self.evaluation, self.evaluated = extra["evaluation"], extra["evaluated"]
-        self.best, self.fruitless = extra["best"], extra["fruitless"]
+        self.held_out.remember(extra)
         self.skipped.total, self.skipped.in_a_row = extra.get("skipped", (0, 0))
-        self.evaluation_seconds = extra.get("evaluation_seconds", math.inf)
         self.report.say(f"resuming at step {latest:,}")
         step, frozen = self.layout.initial(lambda: (jnp.asarray(latest, jnp.int32), self.initial_frozen()))
         return TrainState(step, trees["parameters"], trees["optimizer"], frozen, trees.get("recent", ()))
@@ -213,13 +206,10 @@ class _Loop:
         """Where in the schedule the run stands: its step, or its share of the time budget if that is further on."""
         if self.config.max_seconds is None:
             return float(step)
-        final_evaluation = self.evaluation_seconds if self.evaluation_seconds < math.inf else 0.0
+        final_evaluation = self.held_out.seconds if self.held_out.seconds < math.inf else 0.0
         evaluations = 2 if self.config.average > 1 else 1  # of the last state, and of the mean
         budget = max(self.config.max_seconds - evaluations * final_evaluation, 1e-6)
         return self.hosts.of_first(max(float(step), self.config.steps * self.seconds / budget))
-
-    def _out_of_patience(self) -> bool:
-        return self.config.patience is not None and self.fruitless >= self.config.patience
 
     def _under_way(self, step: int) -> None:
         """Tell the watchdog that the step after `step` is all that there is to wait for."""
@@ -273,54 +263,32 @@ class _Loop:
         self.last_settled = time.monotonic()
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        """Measure the whole held-out split, and log it; nothing if a signal comes before that is done."""
-        start = time.monotonic()
-        measurement = self._measure(state.model, f"the evaluation after step {step}", self.stop)
-        if measurement is None:
+        """Measure the held-out split, and log it; nothing if a signal comes before that is done."""
+        if not self.held_out.evaluate(state.model, step, self.stop):
             return
-        self.evaluation, self.evaluated = measurement, step
-        measured = self.sign * self.evaluation[self.metric]
-        self.best, self.fruitless = min(self.best, measured), 0 if measured < self.best else self.fruitless + 1
-        self.evaluation_seconds = min(self.evaluation_seconds, time.monotonic() - start)
-        self.write({"step": step} | self.evaluation | {"seconds": self.seconds})
-        self.report.evaluation(step, self.evaluation)
+        self.write({"step": step} | self.held_out.figures | {"seconds": self.seconds})
+        self.report.evaluation(step, self.held_out.figures)
         if step:  # of one point there is nothing to see, and Matplotlib takes a while to import
             self.run_folder.draw_curves()
 
-    def _measure(
-        self, parameters: Parameters, what: str, stop: Stop | SharedStop | None = None
-    ) -> dict[str, float] | None:
-        program, place = self.evaluation_program, self.layout.place
-        # Read one by one: with all of them under way at once, simulated devices can wait for each other for ever.
-        totals: list[np.ndarray] = []
-        for number, batch in enumerate(self.task.evaluation_batches(self.layout.share)):
-            if stop is not None and stop.ask():
-                return None
-            self.watchdog.doing(f"batch {number} of {what}")
-            sums = [np.asarray(part, np.float64) for part in jax.device_get(program(parameters, place(batch)))]
-            totals = [np.asarray(x + part) for x, part in zip(totals, sums, strict=True)] if totals else sums
-        self.watchdog.rest()  # what a task makes of them takes its time
-        return self.hosts.of_first(self.task.evaluation_metrics(totals, parameters))  # what they decode may differ
-
     def _save(self, state: TrainState, step: int) -> None:
-        measured = self.evaluation.get(self.metric, math.nan) if self.evaluated == step else math.nan
-        metrics = {self.metric: measured} if math.isfinite(measured) else None
-        extra = {"seconds": self.seconds, "evaluation": self.evaluation, "evaluated": self.evaluated}
-        extra |= {"best": self.best, "fruitless": self.fruitless, "evaluation_seconds": self.evaluation_seconds}
-        extra |= {"skipped": [self.skipped.total, self.skipped.in_a_row]}
+        measured = self.held_out.selecting(step)
+        metrics = {self.held_out.metric: measured} if math.isfinite(measured) else None
+        extra = {"seconds": self.seconds, "skipped": [self.skipped.total, self.skipped.in_a_row]}
+        extra |= self.held_out.memory()
         self.checkpoints.save(step, _trees(state), metrics=metrics, extra=extra)
 
     def _finish(self, state: TrainState, step: int) -> Outcome:
         """Evaluate, save, show a sample."""
         self.watchdog.rest()
-        measured = self.evaluated == step
+        measured = self.held_out.step == step
         if not measured:
             self._evaluate(state, step)
-            if self.evaluated != step:
+            if self.held_out.step != step:
                 return self._interrupted(state, step)
-        figure = self.evaluation[self.metric]
+        figure = self.held_out.selecting(step)
         if self.skipped.in_a_row and not math.isfinite(figure):
-            raise self._lost(step, f"the held-out {self.metric.removeprefix('eval/')} is {figure}")
+            raise self._lost(step, f"the held-out {self.held_out.name} is {figure}")
         if not measured or step not in self.checkpoints.steps:
             self._save(state, step)
         parameters = self._average(state, step) if self.config.average > 1 else state.model
@@ -331,14 +299,14 @@ class _Loop:
             self.report.say("\na sample:")
             self.run_folder.add_sample(step, self.report.stream(itertools.chain([first], pieces)))
         self.checkpoints.wait()
-        return Outcome(step, self.evaluation, interrupted=False)
+        return Outcome(step, self.held_out.figures, interrupted=False)
 
     def _average(self, state: TrainState, step: int) -> Parameters:
         """The mean of the newest checkpoints' parameters, measured and logged as `average/...`."""
         shapes = jax.eval_shape(lambda: self.initial_state().parameters)
         mean, count = self.checkpoints.restore_average(self.config.average, shapes, self.layout.shardings(shapes))
         parameters = combine(mean, state.frozen)
-        measured = self._measure(parameters, "the evaluation of the mean")
+        measured = self.held_out.measure(parameters, "the evaluation of the mean")
         assert measured is not None
         named = {name.replace("eval/", "average/"): value for name, value in measured.items()}
         self.write({"step": step, "average/checkpoints": count} | named)
