@@ -15,7 +15,7 @@ from jaxgpt.training.watchdog import Watchdog
 
 
 class Numbers:
-    """A task whose held-out split is some numbers, in batches of 8, and whose loss is their mean times a parameter."""
+    """A task whose held-out split is some numbers, in batches of 8, and whose loss is their mean times a slope."""
 
     width, unit = 1, "numbers"
 
@@ -23,7 +23,7 @@ class Numbers:
         self.numbers, self.stop = np.asarray(numbers, np.float32), stop
 
     def evaluation_sums(self, parameters, batch):
-        return jnp.sum(parameters * batch["x"]), jnp.float32(batch["x"].size)
+        return jnp.sum(parameters["slope"] * batch["x"]), jnp.float32(batch["x"].size)
 
     def evaluation_batches(self, share):
         for start in range(0, len(self.numbers), 8):
@@ -43,7 +43,7 @@ def held_out(task=None, **settings):
 def told(memory, values, first=0):
     """What it says of states whose loss is so and so."""
     for step, value in enumerate(values, first):
-        assert memory.evaluate(jnp.float32(value), step, Stop())
+        assert memory.evaluate({"slope": jnp.float32(value)}, step, Stop())
     return memory
 
 
@@ -76,5 +76,5 @@ def test_a_signal_in_the_middle_leaves_what_was_known():
     memory = told(held_out(task), [1.0])
     task.stop = stop
     before = memory.memory()
-    assert not memory.evaluate(jnp.float32(0.5), 1, stop)
+    assert not memory.evaluate({"slope": jnp.float32(0.5)}, 1, stop)
     assert memory.memory() == before

@@ -116,9 +116,14 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dense = partial(Dense, parameter_dtype=self.parameter_dtype, compute_dtype=self.compute_dtype)
         hidden = dense(features_before(self.activation, self.hidden), self.bias, self.init_std, name="up")(x)
-        # Of the activation what goes in is kept for the gradient, not every step of its formula (five for GELU).
-        active = jax.checkpoint(activation(self.activation), prevent_cse=False)(hidden)
-        return dense(x.shape[-1], self.bias, self.output_std, name="down")(active)
+
+        def down(module: MLP, hidden: Float[Array, "B T G"]) -> Float[Array, "B T D"]:
+            active = activation(self.activation)(hidden)
+            return dense(x.shape[-1], self.bias, self.output_std, name="down", parent=module)(active)
+
+        # For the gradient `hidden` is kept, and nothing that follows from it: neither what goes into the last product
+        # nor the steps of the activation's formula (five for GELU).
+        return nn.checkpoint(down, prevent_cse=False)(self, hidden)
 
 
 class MultiHeadAttention(nn.Module):
