@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_loop import Regression
 
 from jaxgpt.config import ParallelConfig, RunConfig
 from jaxgpt.hosts import ALONE
@@ -14,13 +15,12 @@ from jaxgpt.training.stop import Stop
 from jaxgpt.training.watchdog import Watchdog
 
 
-class Numbers:
+class Numbers(Regression):
     """A task whose held-out split is some numbers, in batches of 8, and whose loss is their mean times a slope."""
 
-    width, unit = 1, "numbers"
-
-    def __init__(self, numbers=(1.0,) * 24, stop=None):
-        self.numbers, self.stop = np.asarray(numbers, np.float32), stop
+    def __init__(self, numbers=(1.0,) * 24):
+        super().__init__()
+        self.numbers, self.stop = np.asarray(numbers, np.float32), None
 
     def evaluation_sums(self, parameters, batch):
         return jnp.sum(parameters["slope"] * batch["x"]), jnp.float32(batch["x"].size)
@@ -30,9 +30,6 @@ class Numbers:
             yield {"x": self.numbers[start : start + 8]}
             if self.stop is not None:
                 self.stop.requested = True
-
-    def evaluation_metrics(self, sums, parameters):
-        return {"eval/loss": float(sums[0] / sums[1])}
 
 
 def held_out(task=None, **settings):
@@ -71,10 +68,8 @@ def test_what_a_checkpoint_keeps_goes_on():
 
 
 def test_a_signal_in_the_middle_leaves_what_was_known():
-    stop = Stop()
     task = Numbers()
     memory = told(held_out(task), [1.0])
-    task.stop = stop
-    before = memory.memory()
-    assert not memory.evaluate({"slope": jnp.float32(0.5)}, 1, stop)
+    task.stop, before = Stop(), memory.memory()
+    assert not memory.evaluate({"slope": jnp.float32(0.5)}, 1, task.stop)
     assert memory.memory() == before
