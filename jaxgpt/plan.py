@@ -269,7 +269,7 @@ def _compiled(setting: Setting, devices: list[Any], chip: Chip | None) -> Plan:
 def estimate(setting: Setting, chip: Chip | None) -> Plan:
     """The plan by formula. State and gradients are exact; what is kept and sent is counted as follows.
 
-    Kept for the backward pass, a token and layer: 13 vectors of D, of which 6, like one of F, are cut by tensor (fitted
+    Kept for the backward pass, a token and layer: 13 vectors of D, of which 6, like 2 of F, are cut by tensor (fitted
     to compiled programs, see benchmarks/RESULTS.md); with remat one D a layer, and all of one layer. Whole on each
     device: the embedding table, a copy for the products and its gradient, and two layers' gathered weights. Sent: each
     layer's weights, gathered for every pass over it, and all gradients added up, a micro-batch; with tensor 4 sums of
@@ -285,7 +285,7 @@ def estimate(setting: Setting, chip: Chip | None) -> Plan:
     tokens, times = setting.micro_tokens, config.parallel.gradient_accumulation
     d, f, layers, vocabulary = model.width, model.hidden_width, model.layers, model.vocab_size or 0
 
-    layer = 7 * d + (6 * d + f) / tensor
+    layer = 7 * d + (6 * d + 2 * f) / tensor
     kept = tokens * compute * (layers * d + layer if model.remat else layers * layer)
     table = vocabulary * d / tensor * (4 + 4 + compute) if setting.devices > 1 else vocabulary * d * compute
     weights = (4 * d * d + 2 * d * f) * compute / tensor
