@@ -126,7 +126,7 @@ def _data(config: TrainConfig) -> Callable[[], Any]:
     size = min(config.model.vocab_size or 1, 2**16)
     ids = np.random.default_rng(0).integers(0, size, max(10**6, 2 * config.tokens_per_step), np.uint16)
     windows = WindowBatches(TokenStream((ids,), 1, len(ids)), config.sequence_length, config.data.batch_size, 0)
-    return lambda: jax.device_put(windows.batch(0))
+    return lambda: windows.batch(0)
 
 
 def measure_parts(config: TrainConfig, step_seconds: float, rounds: int) -> dict[str, Any]:

@@ -269,12 +269,12 @@ def _compiled(setting: Setting, devices: list[Any], chip: Chip | None) -> Plan:
 def estimate(setting: Setting, chip: Chip | None) -> Plan:
     """The plan by formula. State and gradients are exact; what is kept and sent is counted as follows.
 
-    Kept for the backward pass, a token and layer: 13 vectors of D, of which 6, like 2 of F, are cut by tensor (fitted
-    to compiled programs, see benchmarks/RESULTS.md); with remat one D a layer, and all of one layer. Whole on each
-    device: the embedding table, a copy for the products and its gradient, and two layers' gathered weights. Sent: each
-    layer's weights, gathered for every pass over it, and all gradients added up, a micro-batch; with tensor 4 sums of
-    the stream a layer (Shoeybi et al. 2019). Read and written: weights for every pass, all state once, activations
-    twice.
+    Kept for the backward pass, a token and layer: what 13 vectors of D take, 6 of which, like 2 of F, are cut by tensor
+    (fitted to compiled programs, not counted; see benchmarks/RESULTS.md); with remat one D a layer, and all of one
+    layer. Whole on each device: the embedding table, a copy for the products and its gradient, and two layers' gathered
+    weights. Sent: each layer's weights, gathered for every pass over it, and all gradients added up, a micro-batch;
+    with tensor 4 sums of the stream a layer (Shoeybi et al. 2019). Read and written: weights for every pass, all state
+    once, activations twice.
     """
     config, mesh = setting.config, setting.mesh
     model, state = config.model, state_shapes(config)

@@ -1,6 +1,7 @@
 """The held-out split: all of it is measured, the best is known, and a signal changes nothing."""
 
 import json
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +33,18 @@ class Numbers(Regression):
                 self.stop.requested = True
 
 
-def held_out(task=None, **settings):
+@dataclass(frozen=True)
+class HighestIsBest(RunConfig):
+    """A run that its loss, of all things, is to rise in."""
+
+    @property
+    def selection(self):
+        return "eval/loss", True
+
+
+def held_out(task=None, config=RunConfig, **settings):
     layout = choose_layout(ParallelConfig("single"), 8)
-    return HeldOut(task or Numbers(), RunConfig(**settings), layout, Watchdog(None), ALONE)
+    return HeldOut(task or Numbers(), config(**settings), layout, Watchdog(None), ALONE)
 
 
 def told(memory, values, first=0):
@@ -52,11 +62,12 @@ def test_the_whole_split_is_measured(size):
     assert memory.selecting(7) == memory.figures["eval/loss"] and np.isnan(memory.selecting(8))
 
 
-def test_patience_counts_evaluations_since_the_best():
-    memory = told(held_out(patience=2), [3.0, 2.0, float("nan"), 1.0, 1.0])
+@pytest.mark.parametrize(("config", "sign"), [(RunConfig, 1.0), (HighestIsBest, -1.0)])
+def test_patience_counts_evaluations_since_the_best(config, sign):
+    memory = told(held_out(config=config, patience=2), [sign * x for x in (3.0, 2.0, float("nan"), 1.0, 1.0)])
     assert memory.fruitless == 1 and not memory.out_of_patience
-    assert told(memory, [1.5], first=5).out_of_patience
-    assert not told(held_out(), [1.0, 2.0, 3.0, 4.0]).out_of_patience
+    assert told(memory, [sign * 1.5], first=5).out_of_patience
+    assert not told(held_out(config=config), [sign * x for x in (1.0, 2.0, 3.0, 4.0)]).out_of_patience
 
 
 def test_what_a_checkpoint_keeps_goes_on():

@@ -232,6 +232,17 @@ def test_a_step_brings_nothing_to_the_host_but_its_metrics(tmp_path, monkeypatch
     assert counts[1] - counts[0] == 4 * 10  # loss, gradient norm, weight, and whether it was left out
 
 
+def test_a_run_ends_when_its_patience_does(tmp_path):
+    class Worse(Regression):
+        def evaluation_metrics(self, sums, parameters):
+            return {"eval/loss": [2.0, 1.0, 3.0, 1.5, 0.5][self.evaluations - 1]}
+
+    outcome, said, _ = run(tmp_path, Worse(), patience=2)
+    assert outcome.step == 30 and said == ["no better held-out loss in 2 evaluations: this is the end"]
+    outcome, said, _ = run(tmp_path, Worse(), patience=2)
+    assert outcome.step == 30 and "the run no longer got better" in said[-1]
+
+
 def test_without_spikes_a_checkpoint_holds_nothing_of_them(tmp_path):
     run(tmp_path, Regression(), steps=2, optimizer=OptimizerConfig())
     assert {path.name for path in (tmp_path / "checkpoints" / "2").iterdir() if path.is_dir()} == {

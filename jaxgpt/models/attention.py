@@ -171,7 +171,7 @@ def attention_weights(
     mask: Bool[Array, "#B #N #T S"] | None,
     scale: Scale = None,
 ) -> Float[Array, "B N T S"]:
-    """How much each query takes of each value, of keys that lie head by head, as in a cache: softmax(Q K^T / sqrt(H)).
+    """How much each query takes of each value, of keys that lie head by head: softmax(Q K^T / sqrt(H)).
 
     Each row of weights adds up to 1. A query whose mask is False everywhere takes the same of all values.
     """

@@ -165,10 +165,11 @@ def vocab_size(config: BlockConfig) -> int:
 
 def _scan_over_layers(config: BlockConfig, layers: int) -> Any:
     """`Block` repeated: parameters stacked, one program for all layers, unrolled where that is faster."""
-    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
     # A rolled scan compiles once whatever L is; on CPU it costs a narrow model 15-30% of its step, a wide one nothing.
     narrow = layers <= 12 and config.width < 512
     unroll = config.unroll or (layers if jax.default_backend() == "cpu" and narrow else 1)
+    # Within a loop nothing can be taken from the forward pass instead of computing it again; unrolled, XLA would do so.
+    block = nn.remat(Block, prevent_cse=unroll > 1) if config.remat else Block
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},

@@ -20,7 +20,7 @@ from jaxgpt.config import Weights
 
 Compact = Int[Array, "P O J"] | UInt16[Array, "P O J"]
 
-STRIP = 64  # a line of the cache in int8
+STRIP = 64  # a line of the processor's cache in int8
 PARTS = 16  # at most: processors follow about twice as many (measured on CPU)
 LANES = 32  # numbers that are multiplied at once; of 16, 32 and 64 the fastest (measured on CPU)
 CHAINS = 4  # sums side by side, so that one addition need not wait for another

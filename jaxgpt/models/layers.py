@@ -122,7 +122,7 @@ class MLP(nn.Module):
             return dense(x.shape[-1], self.bias, self.output_std, name="down", parent=module)(active)
 
         # For the gradient `hidden` is kept, and nothing that follows from it: neither what goes into the last product
-        # nor the steps of the activation's formula (five for GELU).
+        # nor the steps of the activation's formula (five for GELU). Of layers that are unrolled XLA keeps the former.
         return nn.checkpoint(down, prevent_cse=False)(self, hidden)
 
 
