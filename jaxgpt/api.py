@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
-from jaxgpt.config import Dtype, GenerationConfig, GPTConfig, Weights, from_dict, to_dict
+from jaxgpt.config import Dtype, GenerationConfig, GPTConfig, Weights, from_dict, require, to_dict
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.environment import use_compilation_cache
 from jaxgpt.generation.beam import beam_search
@@ -234,9 +234,13 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder or name, a file of it is missing, or the hub cannot be reached.
-        ValueError: a damaged file, an architecture that is not here, or a setting it cannot express, named; a draft
-            with another tokenizer.
+        ValueError: a choice that there is not, a damaged file, an architecture that is not here, or a setting it cannot
+            express, named; a draft with another tokenizer.
     """
+    named = {"checkpoint": (checkpoint, Which), "dtype": (dtype, Dtype), "weights": (weights, Weights)}
+    for name, (value, choices) in named.items():
+        known = get_args(choices)
+        require(value is None or value in known, f"{name} is {value!r}; it must be one of {', '.join(known)}")
     use_compilation_cache()
     found = load_pretrained(path, checkpoint, revision, dtype, base)
     parameters = found.parameters

@@ -14,11 +14,18 @@ from jaxgpt.config import require, suggestion
 T = TypeVar("T")
 
 
-def parse(kind: type[T], arguments: list[str], prog: str, default: T | None = None, positional: str | None = None) -> T:
+def parse(
+    kind: type[T],
+    arguments: list[str],
+    prog: str,
+    default: T | None = None,
+    positional: str | None = None,
+    taken: tuple[str, ...] = (),
+) -> T:
     """Turn flags into a dataclass. A bare `--quiet` means `--quiet True`, a bare `--resume` means `--resume latest`.
 
     Of a flag given twice the last counts; one that takes several values gets them all. Words that belong to no flag are
-    the values of the flag `positional`, if there is one.
+    the values of the flag `positional`, if there is one. `taken` are flags that the caller has read, for suggestions.
 
     Raises:
         ValueError: an unknown flag (the nearest is named) or a value that does not fit, in one sentence.
@@ -33,7 +40,7 @@ def parse(kind: type[T], arguments: list[str], prog: str, default: T | None = No
         groups = [part for group in groups for part in _freed(*group, settings, positional)]
     for flag, values in groups:
         if flag not in (*settings, "--help"):
-            raise ValueError(f"there is no setting {flag}{suggestion(flag, settings)}")
+            raise ValueError(f"there is no setting {flag}{suggestion(flag, [*settings, *taken])}")
         if get_origin(settings.get(flag)) is tuple:
             require(bool(values), f"{flag} needs a value")
             given.setdefault(flag, []).extend(values)

@@ -35,13 +35,15 @@ class Chip:
     """of the memory, bytes a second"""
     links: float
     """to other chips, bytes a second"""
+    dimensions: int
+    """of the grid that chips are linked in"""
 
 
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 400e9),
+    "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 3),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 2),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 400e9, 2),
 }
 
 
@@ -188,12 +190,15 @@ def chip_of(topology: str) -> Chip | None:
     """
     if topology == "local":
         return None
-    name, _, _ = topology.partition(":")
+    name, _, shape = topology.partition(":")
     if name not in CHIPS or not _count(topology):
         raise ValueError(
             f"topology {topology!r} is not VERSION:SHAPE with a version of {', '.join(CHIPS)}, as v5e:16x16, or local"
         )
-    return CHIPS[name]
+    chip, dimensions = CHIPS[name], shape.count("x") + 1
+    if dimensions != chip.dimensions:
+        raise ValueError(f"topology {topology!r} has {dimensions} dimensions; {name} has {chip.dimensions}")
+    return chip
 
 
 def _count(topology: str) -> int:

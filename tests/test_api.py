@@ -1,6 +1,7 @@
 """The public face: what others wrote is loaded, generation keeps its promises, what is exported comes back."""
 
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -150,6 +151,14 @@ def test_bfloat16_on_request(model, tmp_path):
 
 def test_what_is_printed_of_a_model_is_short(model):
     assert len(repr(model)) < 1000 and "257 tokens" in repr(model)
+
+
+@pytest.mark.parametrize("changes", [{"weights": "int4"}, {"dtype": "float8"}, {"checkpoint": "lst"}])
+def test_a_choice_that_there_is_not_is_an_error(model, tmp_path, changes):
+    api.export(model, tmp_path / "out")
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name} is '{value}'; it must be one of "):
+        inspect.unwrap(api.load)(tmp_path / "out", **changes)  # without the check of its annotations, which tests add
 
 
 def test_weights_in_fewer_bits_are_used_and_not_exported(model, tmp_path):

@@ -1,5 +1,6 @@
 """The command line: bad input is one line and exit code 2, flags come in both spellings, help is complete."""
 
+import io
 import json
 import sys
 import threading
@@ -8,7 +9,7 @@ import pytest
 
 from jaxgpt.arguments import parse
 from jaxgpt.cli import main
-from jaxgpt.cli.text import GenerateOptions
+from jaxgpt.cli.text import GenerateOptions, _standard_input
 from jaxgpt.config import TrainConfig
 from jaxgpt.recipes import RECIPES, recipe
 
@@ -38,6 +39,8 @@ def train_config(*flags):
         (["train", "--model.layer=2"], "--model.layer; did you mean --model.layers?"),
         (["train", "--step", "3"], "--step; did you mean --steps?"),
         (["generate", "--model", "x", "--max-tokens", "3"], "did you mean --max-new-tokens?"),
+        (["plan", "gpt2", "--topolgy", "v5e:4x4"], "--topolgy; did you mean --topology?"),
+        (["chat", "--model", "nowhere", "--weights", "int8"], "there is no folder nowhere"),
         (["train", "--steps", "many"], "many"),
         (["train", "--steps", "1.5"], "1.5"),
         (["train", "--steps"], "--steps"),
@@ -193,3 +196,10 @@ def test_train_then_generate(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out.count("---\n") == 3
     assert main([*common, "--prompt", "abcdefgh"]) == 2
     assert "4 more than the context of 8" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_not_utf8_is_named(monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"def \xff"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", typed)
+    with pytest.raises(ValueError, match="standard input is not UTF-8: byte 0xff"):
+        _standard_input()

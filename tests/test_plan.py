@@ -66,7 +66,7 @@ def test_a_search_finds_only_what_fits_the_fastest_first():
 
 
 def test_what_needs_more_than_a_chip_has_does_not_fit(monkeypatch):
-    monkeypatch.setitem(CHIPS, "v5e", Chip(197e12, GIB / 2**12, 819e9, 200e9))
+    monkeypatch.setitem(CHIPS, "v5e", Chip(197e12, GIB / 2**12, 819e9, 200e9, 2))
     setting, _ = fitted(SMALL, {"data": 4})
     assert not estimate(setting, CHIPS["v5e"]).fits
 
@@ -110,6 +110,7 @@ def test_the_verb(capsys):
     [
         ("gpt2 --topology v9:2x2", "topology 'v9:2x2' is not VERSION:SHAPE with a version of v4, v5e, v5p, v6e"),
         ("gpt2 --topology v5e", "topology 'v5e' is not VERSION:SHAPE"),
+        ("gpt2 --topology v5e:2x2x2", "topology 'v5e:2x2x2' has 3 dimensions; v5e has 2"),
         ("translate", "translate does not pretrain a GPT"),
         ("gpt3", "there is no recipe gpt3"),
         ("gpt2 --mesh data=9", "has 9 places"),

@@ -48,12 +48,13 @@ def plan(arguments: list[str]) -> int:
         print(PLAN_USAGE, end="")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     name, *rest = arguments
-    flags = [word for flag in ("--topology", "--mesh", "--search", "--json") for word in taken(flag, rest)]
+    own = ("--topology", "--mesh", "--search", "--json")
+    flags = [word for flag in own for word in taken(flag, rest)]
     options = parse(PlanOptions, flags, "jaxgpt plan")
     recipe = recipes.recipe(name)
     if not isinstance(recipe, TrainConfig):
         raise ValueError(f"{name} does not pretrain a GPT; plans are of recipes that do")
-    config = parse(TrainConfig, rest, "jaxgpt plan RECIPE", recipe)
+    config = parse(TrainConfig, rest, "jaxgpt plan RECIPE", recipe, taken=own)
     require(not (options.search and options.mesh), "--search tries all meshes; leave out --mesh")
     if options.topology != "local":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

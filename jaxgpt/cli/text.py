@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import sys
@@ -77,7 +78,7 @@ def generate(arguments: list[str]) -> int:
     options = parse(GenerateOptions, arguments, "jaxgpt generate")
     settings = GenerationConfig(**{item.name: getattr(options, item.name) for item in fields(GenerationConfig)})
     model = load_model(options, options.draft)
-    prompts = options.prompt or (sys.stdin.read(),)
+    prompts = options.prompt or (_standard_input(),)
     if not options.json and len(prompts) == settings.samples == settings.beams == 1:
         pieces = model.stream(prompts[0], settings)  # refuses what is wrong before anything is printed
         print(prompts[0], end="", flush=True)
@@ -91,6 +92,22 @@ def generate(arguments: list[str]) -> int:
         else:
             print("---\n" * (number > 0) + generated.prompt + generated.text)
     return 0
+
+
+def _standard_input() -> str:
+    """All of it.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    if sys.stdin.isatty():
+        print("the prompt, please; Ctrl-D ends it", file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: byte 0x{error.object[error.start]:02x}") from None
 
 
 def export(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from jaxgpt.arguments import parse
-from jaxgpt.cli.options import ModelOptions, RunOptions
+from jaxgpt.cli.options import DecodingOptions, RunOptions, load_model
 from jaxgpt.config import GenerationConfig, require
 
 if TYPE_CHECKING:
@@ -44,9 +44,11 @@ class ClassifyOptions(RunOptions):
 
 
 @dataclass(frozen=True)
-class ChatOptions(GenerationConfig, ModelOptions):
+class ChatOptions(GenerationConfig, DecodingOptions):
     """Talk with a model. At a terminal: /reset forgets, /system TEXT tells it something, /save FILE, /quit."""
 
+    draft: str | None = None
+    """a small model with the same tokenizer that guesses ahead: the same text in fewer steps of the model"""
     system: str | None = None
     """what the model is told before the first message"""
     transcript: str | None = None
@@ -132,15 +134,10 @@ def chat(arguments: list[str]) -> int:
     options = parse(ChatOptions, arguments, "jaxgpt chat")
     from jaxgpt.apps.chatbot import Chatbot
     from jaxgpt.apps.terminal import talk
-    from jaxgpt.environment import keep_freed_memory
 
     _write_utf8()
-    keep_freed_memory()
     settings = GenerationConfig(**{item.name: getattr(options, item.name) for item in fields(GenerationConfig)})
-    bot = Chatbot(
-        options.model, system=options.system, settings=settings, checkpoint=options.checkpoint, dtype=options.dtype,
-        base=options.base,
-    )  # fmt: skip
+    bot = Chatbot(load_model(options, options.draft), system=options.system, settings=settings)
     if options.jsonl:
         return _answer_programs(bot, options.transcript)
     talk(bot, options.transcript)
