@@ -52,7 +52,7 @@ class ChatOptions(GenerationConfig, DecodingOptions):
     system: str | None = None
     """what the model is told before the first message"""
     transcript: str | None = None
-    """write all that is said to this file too, a JSON message a line, as it comes"""
+    """add all that is said to the end of this file too, a JSON message a line, as it comes"""
     jsonl: bool = False
     """for programs: a JSON message {"content": ...} a line in and out; {"reset": true} begins anew"""
 
