@@ -197,7 +197,10 @@ def chip_of(topology: str) -> Chip | None:
         )
     chip, dimensions = CHIPS[name], shape.count("x") + 1
     if dimensions != chip.dimensions:
-        raise ValueError(f"topology {topology!r} has {dimensions} dimensions; {name} has {chip.dimensions}")
+        example = "x".join("4" * chip.dimensions)
+        raise ValueError(
+            f"topology {topology!r} has {dimensions} dimensions; {name} has {chip.dimensions}, as {name}:{example}"
+        )
     return chip
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
+
+from jaxgpt.config import GenerationConfig
 
 if TYPE_CHECKING:
     from jaxgpt.api import LanguageModel
@@ -39,6 +41,19 @@ class DecodingOptions(ModelOptions):
 
     weights: Literal["int8", "bfloat16"] | None = None
     """keep the matrices in fewer bits and compute as before: faster where few tokens are made at once"""
+
+
+@dataclass(frozen=True)
+class WritingOptions(GenerationConfig, DecodingOptions):
+    """Which model writes, and how it chooses its words."""
+
+    draft: str | None = None
+    """a small model with the same tokenizer that guesses ahead: the same text in fewer steps of the model"""
+
+    @property
+    def settings(self) -> GenerationConfig:
+        """How it chooses them."""
+        return GenerationConfig(**{item.name: getattr(self, item.name) for item in fields(GenerationConfig)})
 
 
 def load_model(options: ModelOptions, draft: str | None = None) -> LanguageModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def plan(arguments: list[str]) -> int:
         print(PLAN_USAGE, end="")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     name, *rest = arguments
-    own = ("--topology", "--mesh", "--search", "--json")
+    own = tuple(f"--{item.name}" for item in fields(PlanOptions))
     flags = [word for flag in own for word in taken(flag, rest)]
     options = parse(PlanOptions, flags, "jaxgpt plan")
     recipe = recipes.recipe(name)

@@ -7,23 +7,21 @@ import io
 import json
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from jaxgpt.arguments import parse
-from jaxgpt.cli.options import DecodingOptions, ModelOptions, load_model
+from jaxgpt.cli.options import DecodingOptions, ModelOptions, WritingOptions, load_model
 from jaxgpt.cli.translation import evaluate_translation
-from jaxgpt.config import GenerationConfig, require
+from jaxgpt.config import require
 
 
 @dataclass(frozen=True)
-class GenerateOptions(GenerationConfig, DecodingOptions):
+class GenerateOptions(WritingOptions):
     """Let a model write."""
 
     prompt: tuple[str, ...] = ()
     """what to continue, one or several (default: standard input)"""
-    draft: str | None = None
-    """a small model with the same tokenizer that guesses ahead: the same text in fewer steps of the model"""
     json: bool = False
     """print one JSON object a text: prompt, text, tokens (the new ids), logprobs, finish_reason"""
 
@@ -76,7 +74,7 @@ class VerifyOptions(ModelOptions):
 
 def generate(arguments: list[str]) -> int:
     options = parse(GenerateOptions, arguments, "jaxgpt generate")
-    settings = GenerationConfig(**{item.name: getattr(options, item.name) for item in fields(GenerationConfig)})
+    settings = options.settings
     model = load_model(options, options.draft)
     prompts = options.prompt or (_standard_input(),)
     if not options.json and len(prompts) == settings.samples == settings.beams == 1:
@@ -107,7 +105,9 @@ def _standard_input() -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not UTF-8: byte 0x{error.object[error.start]:02x}") from None
+        raise ValueError(
+            f"standard input is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        ) from None
 
 
 def export(arguments: list[str]) -> int:

@@ -7,12 +7,12 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxgpt.arguments import parse
-from jaxgpt.cli.options import DecodingOptions, RunOptions, load_model
-from jaxgpt.config import GenerationConfig, require
+from jaxgpt.cli.options import RunOptions, WritingOptions, load_model
+from jaxgpt.config import require
 
 if TYPE_CHECKING:
     from jaxgpt.apps.chatbot import Chatbot
@@ -44,11 +44,9 @@ class ClassifyOptions(RunOptions):
 
 
 @dataclass(frozen=True)
-class ChatOptions(GenerationConfig, DecodingOptions):
+class ChatOptions(WritingOptions):
     """Talk with a model. At a terminal: /reset forgets, /system TEXT tells it something, /save FILE, /quit."""
 
-    draft: str | None = None
-    """a small model with the same tokenizer that guesses ahead: the same text in fewer steps of the model"""
     system: str | None = None
     """what the model is told before the first message"""
     transcript: str | None = None
@@ -136,8 +134,7 @@ def chat(arguments: list[str]) -> int:
     from jaxgpt.apps.terminal import talk
 
     _write_utf8()
-    settings = GenerationConfig(**{item.name: getattr(options, item.name) for item in fields(GenerationConfig)})
-    bot = Chatbot(load_model(options, options.draft), system=options.system, settings=settings)
+    bot = Chatbot(load_model(options, options.draft), system=options.system, settings=options.settings)
     if options.jsonl:
         return _answer_programs(bot, options.transcript)
     talk(bot, options.transcript)
